@@ -1,0 +1,95 @@
+// What every file shares: storage types, the matrix view, and errors that carry an exit code.
+//
+// Shape vocabulary, used in every comment: N tokens in a chunk, C channels, NH heads, HS = C/NH head size,
+// L layers, T context, V vocabulary, Vp padded vocabulary, S sequences, p stages, m chunks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Storage types. One of PRECISION_FP32, PRECISION_BF16, PRECISION_FP64 is defined by the Makefile (default fp32).
+//
+//   floatX  weights and activations as matrix products read them
+//   floatR  the residual stream and its gradient. On the CPU it keeps fp32 beside bf16 products: its many small
+//           additions are where bf16 loses most, and it is one activation in sixteen.
+//   floatS  sums, statistics, gradients of weights, master weights, moments
+
+// A bfloat16 is the upper half of an fp32; conversion rounds to nearest even and keeps NaN quiet.
+struct bf16 {
+    uint16_t bits = 0;
+    bf16() = default;
+    bf16(float value) {
+        uint32_t u;
+        std::memcpy(&u, &value, 4);
+        const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+        bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded);
+    }
+    operator float() const {
+        const uint32_t u = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &u, 4);
+        return value;
+    }
+};
+
+#if defined(PRECISION_FP64)
+using floatX = double;
+using floatR = double;
+using floatS = double;
+#define PRECISION_NAME "fp64"
+#elif defined(PRECISION_BF16)
+using floatX = bf16;
+using floatR = float;
+using floatS = float;
+#define PRECISION_NAME "bf16"
+#else
+using floatX = float;
+using floatR = float;
+using floatS = float;
+#define PRECISION_NAME "fp32"
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Row-major view of a matrix [rows, cols] whose rows lie `stride` elements apart. It owns nothing.
+template <class T> struct Matrix {
+    T* data = nullptr;
+    int64_t rows = 0, cols = 0, stride = 0;
+
+    Matrix() = default;
+    Matrix(T* data, int64_t rows, int64_t cols) : data(data), rows(rows), cols(cols), stride(cols) {}
+    Matrix(T* data, int64_t rows, int64_t cols, int64_t stride) : data(data), rows(rows), cols(cols), stride(stride) {}
+    operator Matrix<const T>() const { return {data, rows, cols, stride}; }
+
+    T* row(int64_t i) const { return data + i * stride; }
+    Matrix row_range(int64_t begin, int64_t count) const { return {row(begin), count, cols, stride}; }
+    Matrix column_range(int64_t begin, int64_t count) const { return {data + begin, rows, count, stride}; }
+    int64_t size() const { return rows * cols; }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors. A Failure ends the program with its exit code and its message, one sentence or more: what was asked, what
+// was found, what to do. The codes are a contract with requeue scripts (README, "Exit codes").
+enum ExitCode {
+    EXIT_LAYOUT_DIFFERS = 1,
+    EXIT_CONFIG = 2,
+    EXIT_DATA = 3,
+    EXIT_CHECKPOINT = 4,
+    EXIT_MEMORY = 5,
+    EXIT_HARDWARE = 16,
+    EXIT_NONFINITE = 17,
+    EXIT_PEER = 20,
+    EXIT_STORAGE = 21,
+    EXIT_REQUEUE = 75,
+};
+
+struct Failure : std::runtime_error {
+    int exit_code;
+    Failure(int exit_code, const std::string& message) : std::runtime_error(message), exit_code(exit_code) {}
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }

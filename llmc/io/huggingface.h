@@ -1,0 +1,254 @@
+// Our parameters as Hugging Face GPT-2 stores them, both ways: names, shapes, transposition, config.json. Files that
+// GPT2LMHeadModel.from_pretrained loads are written with this, and any GPT-2 that transformers saved is read with it.
+// Callers: checkpoint.h, the commands generate and eval.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "llmc/io/json.h"
+#include "llmc/io/safetensors.h"
+#include "llmc/model/gpt.h"
+
+// How a parameter lies in a file. Ours is [out, in] with padded vocabulary rows; there, the four linear weights of a
+// layer are [in, out] (transformers calls them Conv1D), vectors have one dimension and the padding is dropped.
+struct StoredForm {
+    std::string name;  // without the prefix "transformer."
+    std::vector<int64_t> shape;
+    bool transposed;
+
+    int64_t rows() const { return shape.size() == 2 ? shape[0] : 1; }
+    int64_t columns() const { return shape.back(); }
+};
+
+inline StoredForm stored_form(const GptConfig& model, const Parameter& p) {
+    const bool matrix = p.decay;
+    if (!matrix) return {p.name, {p.cols}, false};
+    if (p.name == "wte.weight" || p.name == "lm_head.weight") return {p.name, {model.vocab, p.cols}, false};
+    if (p.name == "wpe.weight") return {p.name, {p.rows, p.cols}, false};
+    return {p.name, {p.cols, p.rows}, true};
+}
+
+// Rows of a stored form that are moved at a time: about a megabyte, and whole cache lines of a transposed tensor.
+inline int64_t rows_per_block(const StoredForm& form) {
+    return std::min(form.rows(), round_up(ceil_div(int64_t(1) << 18, form.columns()), 16));
+}
+
+// Rows [first, first + count) of the stored form of `tensor`, into or out of a block [count, columns].
+inline void pack_rows(const StoredForm& form, const floatS* tensor, int64_t first, int64_t count, floatS* block) {
+    const int64_t columns = form.columns();
+    if (!form.transposed) std::copy_n(tensor + first * columns, count * columns, block);
+    else
+        for (int64_t c = 0; c < columns; ++c)
+            for (int64_t r = 0; r < count; ++r) block[r * columns + c] = tensor[c * form.rows() + first + r];
+}
+
+inline void unpack_rows(const StoredForm& form, floatS* tensor, int64_t first, int64_t count, const floatS* block) {
+    const int64_t columns = form.columns();
+    if (!form.transposed) std::copy_n(block, count * columns, tensor + first * columns);
+    else
+        for (int64_t c = 0; c < columns; ++c)
+            for (int64_t r = 0; r < count; ++r) tensor[c * form.rows() + first + r] = block[r * columns + c];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// config.json
+
+inline nlohmann::json huggingface_config(const GptConfig& model, int64_t end_of_text) {
+    return {{"model_type", "gpt2"},
+            {"architectures", {"GPT2LMHeadModel"}},
+            {"n_layer", model.layers},
+            {"n_embd", model.channels},
+            {"n_head", model.heads},
+            {"n_positions", model.context},
+            {"n_ctx", model.context},
+            {"n_inner", nullptr},
+            {"vocab_size", model.vocab},
+            {"activation_function", "gelu_new"},
+            {"layer_norm_epsilon", 1e-5},
+            {"tie_word_embeddings", model.tied},
+            {"bos_token_id", end_of_text},
+            {"eos_token_id", end_of_text},
+            {"resid_pdrop", 0.0},
+            {"embd_pdrop", 0.0},
+            {"attn_pdrop", 0.0},
+            {"torch_dtype", sizeof(floatS) == 8 ? "float64" : "float32"}};
+}
+
+// The sizes of the model in `directory`, a checkpoint of ours or one that transformers saved. A GPT-2 variant that this
+// program would compute differently is refused.
+inline GptConfig read_model_config(const std::string& directory) {
+    const std::string path = directory + "/config.json";
+    const nlohmann::json config = read_json_file(path);
+    GptConfig model;
+    model.layers = json_integer(config, "n_layer", path);
+    model.channels = json_integer(config, "n_embd", path);
+    model.heads = json_integer(config, "n_head", path);
+    model.context = json_integer(config, "n_positions", path);
+    model.vocab = json_integer(config, "vocab_size", path);
+    for (int64_t size : {model.layers, model.channels, model.heads, model.context, model.vocab})
+        if (size < 1 || size > 1 << 30) throw Failure(EXIT_DATA, path + " has sizes of a model that are not from 1 to 2^30.");
+    if (model.channels % model.heads != 0)
+        throw Failure(EXIT_DATA, path + " has n_embd " + std::to_string(model.channels) + ", no multiple of n_head " +
+                                     std::to_string(model.heads) + ".");
+    model.padded_vocab = round_up(model.vocab, 64);
+    model.tied = !config.contains("tie_word_embeddings") || json_bool(config, "tie_word_embeddings", path);
+
+    const nlohmann::json ours = {{"model_type", "gpt2"},
+                                 {"activation_function", "gelu_new"},
+                                 {"layer_norm_epsilon", 1e-5},
+                                 {"n_inner", nullptr},
+                                 {"scale_attn_weights", true},
+                                 {"scale_attn_by_inverse_layer_idx", false}};
+    for (const auto& [key, value] : ours.items()) {
+        const nlohmann::json found = config.value(key, value);
+        if (found != value && !(key == "n_inner" && found == 4 * model.channels))
+            throw Failure(EXIT_CONFIG, path + " asks for \"" + key + "\": " + json_text(found, -1) +
+                                           "; this program computes GPT-2 with " + json_text(value, -1) + ".");
+    }
+    return model;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The flat buffers of a model in training, as checkpoints see them. Elements lie at the parameters' offsets.
+struct CheckpointView {
+    const GptConfig& config;
+    const std::vector<Parameter>& parameters;
+    floatS* master;
+    floatS *m = nullptr, *v = nullptr;  // null where only weights are wanted
+};
+
+// The tensors of one or several safetensors files, by name; the prefix "transformer." is dropped, and so are the
+// causal masks that older transformers saved as attn.bias and attn.masked_bias.
+class TensorFiles {
+public:
+    struct Place {
+        const SafetensorsReader* file;
+        const TensorInfo* tensor;
+    };
+
+    explicit TensorFiles(const std::vector<std::string>& paths) {
+        for (const std::string& path : paths) {
+            files.push_back(std::make_unique<SafetensorsReader>(path));
+            for (const TensorInfo& tensor : files.back()->tensors()) {
+                std::string name = tensor.name;
+                if (name.starts_with("transformer.")) name.erase(0, std::string("transformer.").size());
+                if (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")) continue;
+                if (!places.emplace(name, Place{files.back().get(), &tensor}).second)
+                    throw Failure(EXIT_DATA, path + " holds a second tensor \"" + name + "\".");
+            }
+        }
+    }
+
+    const std::map<std::string, Place>& all() const { return places; }
+
+private:
+    std::vector<std::unique_ptr<SafetensorsReader>> files;
+    std::map<std::string, Place> places;
+};
+
+// What keeps the tensors `prefix`<parameter> of `files` from fitting the model: nothing, or one line each.
+inline std::vector<std::string> tensor_mismatches(const TensorFiles& files, const CheckpointView& view,
+                                                  const std::string& prefix = "") {
+    std::vector<std::string> lines;
+    std::map<std::string, TensorFiles::Place> extra;
+    for (const auto& entry : files.all())
+        if (entry.first.starts_with(prefix)) extra.insert(entry);
+    for (const Parameter& parameter : view.parameters) {
+        const StoredForm form = stored_form(view.config, parameter);
+        const auto found = extra.find(prefix + form.name);
+        if (found == extra.end()) {
+            lines.push_back(prefix + form.name + ": the model has " + shape_text(form.shape) + ", the file does not have it");
+            continue;
+        }
+        const TensorInfo& tensor = *found->second.tensor;
+        if (tensor.shape != form.shape)
+            lines.push_back(tensor.name + ": the model has " + shape_text(form.shape) + ", the file " + shape_text(tensor.shape));
+        extra.erase(found);
+    }
+    if (view.config.tied) extra.erase(prefix + "lm_head.weight");  // compared with wte.weight when that is read
+    for (const auto& [name, place] : extra)
+        lines.push_back(name + ": the model does not have it, the file has " + shape_text(place.tensor->shape));
+    return lines;
+}
+
+// Reads the tensors `prefix`<parameter> into the flat buffer; what lies between and beyond them is set to zero, the padded rows
+// of the vocabulary too. The caller has checked that they fit.
+inline void read_tensors(const TensorFiles& files, const CheckpointView& view, const std::string& prefix, floatS* flat) {
+    std::vector<floatS> block;
+    std::fill_n(flat, flat_size(view.parameters), floatS(0));
+    for (const Parameter& parameter : view.parameters) {
+        const StoredForm form = stored_form(view.config, parameter);
+        const TensorFiles::Place& place = files.all().at(prefix + form.name);
+        const int64_t step = rows_per_block(form), columns = form.columns();
+        block.resize(size_t(step * columns));
+        for (int64_t row = 0; row < form.rows(); row += step) {
+            const int64_t count = std::min(step, form.rows() - row);
+            place.file->read_range(*place.tensor, row * columns, count * columns, block.data());
+            unpack_rows(form, flat + parameter.offset, row, count, block.data());
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// --init-from: a safetensors file, or a directory with model.safetensors or an index and its shards.
+inline std::vector<std::string> huggingface_files(const std::string& path) {
+    namespace fs = std::filesystem;
+    if (!fs::is_directory(path)) return {path};
+    if (fs::exists(path + "/model.safetensors")) return {path + "/model.safetensors"};
+    const std::string index = path + "/model.safetensors.index.json";
+    if (!fs::exists(index))
+        throw Failure(EXIT_DATA, path + " has neither model.safetensors nor model.safetensors.index.json; a model saved "
+                                        "as pytorch_model.bin is converted by transformers' save_pretrained.");
+    const nlohmann::json contents = read_json_file(index);
+    std::set<std::string> names;
+    for (const auto& [tensor, file] : json_member(contents, "weight_map", index).items())
+        names.insert(as_string(file, index + ", \"" + tensor + "\","));
+    std::vector<std::string> paths;
+    for (const std::string& name : names) {
+        if (name.find('/') != std::string::npos) throw Failure(EXIT_DATA, index + " names the file " + name + ", outside its directory.");
+        paths.push_back(path + "/" + name);
+    }
+    return paths;
+}
+
+inline void init_from_huggingface(const std::string& path, const CheckpointView& view) {
+    const TensorFiles files(huggingface_files(path));
+    std::vector<std::string> lines;
+    const std::filesystem::path given(path);
+    const std::string directory = std::filesystem::is_directory(given) ? path : (given.parent_path() / ".").string();
+    if (std::filesystem::exists(directory + "/config.json")) {
+        const GptConfig found = read_model_config(directory);  // no shape tells the number of heads
+        if (found.heads != view.config.heads)
+            lines.push_back("heads: the model has " + std::to_string(view.config.heads) + ", the file " + std::to_string(found.heads));
+    }
+    for (std::string& line : tensor_mismatches(files, view)) lines.push_back(std::move(line));
+    if (!lines.empty()) {
+        std::string message = "The weights in " + path + " do not fit the model (sizes as stored there):";
+        for (const std::string& line : lines) message += "\n  " + line;
+        throw Failure(EXIT_CONFIG, message);
+    }
+
+    read_tensors(files, view, "", view.master);
+    for (floatS* moments : {view.m, view.v})
+        if (moments) std::fill_n(moments, flat_size(view.parameters), floatS(0));
+
+    // A tied model may be saved with its head, but then the head must be the embedding.
+    const auto head = files.all().find("lm_head.weight");
+    if (!view.config.tied || head == files.all().end()) return;
+    const floatS* wte = view.master + view.parameters.front().offset;
+    const int64_t columns = view.config.channels;
+    std::vector<floatS> row(size_t(columns), 0);
+    const bool same_shape = head->second.tensor->shape == std::vector<int64_t>{view.config.vocab, columns};
+    for (int64_t r = 0; r < view.config.vocab; ++r) {
+        if (same_shape) head->second.file->read_range(*head->second.tensor, r * columns, columns, row.data());
+        if (!same_shape || !std::equal(row.begin(), row.end(), wte + r * columns))
+            throw Failure(EXIT_CONFIG, "The model in " + path + " has a head of its own, which differs from its embedding; "
+                                       "ask for an untied model.");
+    }
+}

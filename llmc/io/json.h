@@ -1,0 +1,77 @@
+// JSON from files that may be damaged or hostile: nlohmann's parser, with duplicate keys and deep nesting refused,
+// and typed look-ups whose errors name the file and the key.
+#pragma once
+
+#include <limits>
+#include <set>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "llmc/io/files.h"
+
+inline constexpr int64_t json_bytes_limit = 100'000'000;  // safetensors' own limit for its header; ours for every JSON file
+
+// `where` names the text in errors.
+inline nlohmann::json parse_json(std::string_view text, const std::string& where) {
+    using event = nlohmann::json::parse_event_t;
+    constexpr int depth_limit = 32;
+    std::vector<std::set<std::string>> keys;  // of the objects that are open
+    const auto check = [&](int depth, event what, nlohmann::json& parsed) {
+        if (depth > depth_limit)
+            throw Failure(EXIT_DATA, where + " is nested deeper than " + std::to_string(depth_limit) + " levels.");
+        if (what == event::object_start) keys.emplace_back();
+        if (what == event::object_end) keys.pop_back();
+        if (what == event::key && !keys.back().insert(parsed.get<std::string>()).second)
+            throw Failure(EXIT_DATA, where + " has the key \"" + parsed.get<std::string>() + "\" twice.");
+        return true;
+    };
+    try {
+        return nlohmann::json::parse(text, check);
+    } catch (const nlohmann::json::exception& error) {
+        throw Failure(EXIT_DATA, where + " is not valid JSON: " + error.what() + ".");
+    }
+}
+
+inline nlohmann::json read_json_file(const std::string& path) {
+    return parse_json(read_text_file(path, json_bytes_limit), path);
+}
+
+// Members of a JSON object, by type. Integers are those of the formats read here: never negative.
+inline const nlohmann::json& json_member(const nlohmann::json& object, const std::string& key, const std::string& where) {
+    if (!object.is_object() || !object.contains(key)) throw Failure(EXIT_DATA, where + " has no \"" + key + "\".");
+    return object.at(key);
+}
+
+inline int64_t as_integer(const nlohmann::json& value, const std::string& where) {
+    if (!value.is_number_unsigned() || value.get<uint64_t>() > uint64_t(std::numeric_limits<int64_t>::max()))
+        throw Failure(EXIT_DATA, where + " has " + value.dump() + " where an integer from 0 to 2^63 - 1 belongs.");
+    return value.get<int64_t>();
+}
+
+inline std::string as_string(const nlohmann::json& value, const std::string& where) {
+    if (!value.is_string()) throw Failure(EXIT_DATA, where + " has " + value.dump() + " where a string belongs.");
+    return value.get<std::string>();
+}
+
+inline int64_t json_integer(const nlohmann::json& object, const std::string& key, const std::string& where) {
+    return as_integer(json_member(object, key, where), where + ", \"" + key + "\",");
+}
+
+inline std::string json_string(const nlohmann::json& object, const std::string& key, const std::string& where) {
+    return as_string(json_member(object, key, where), where + ", \"" + key + "\",");
+}
+
+inline bool json_bool(const nlohmann::json& object, const std::string& key, const std::string& where) {
+    const nlohmann::json& value = json_member(object, key, where);
+    if (!value.is_boolean())
+        throw Failure(EXIT_DATA, where + ", \"" + key + "\", has " + value.dump() + " where true or false belongs.");
+    return value.get<bool>();
+}
+
+// Strings that are not UTF-8 (a path in a configuration, say) are written with replacement characters, not refused.
+inline std::string json_text(const nlohmann::json& value, int indent = 2) {
+    return value.dump(indent, ' ', false, nlohmann::json::error_handler_t::replace);
+}

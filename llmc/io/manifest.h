@@ -1,0 +1,124 @@
+// The manifest of a checkpoint: what was trained, how far, by which program, and the size and hash of every file.
+// It is written last and carries a hash of itself, so a directory with a sound manifest is a whole checkpoint.
+// Caller: checkpoint.h.
+#pragma once
+
+#include <fstream>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "llmc/cpu.h"
+#include "llmc/io/json.h"
+#include "llmc/model/gpt.h"
+
+// Everything besides the tensors that training needs to go on.
+struct TrainingState {
+    int64_t step = 0;          // steps done
+    int64_t sample_index = 0;  // global index of the first sample not yet trained on
+    uint64_t seed = 0;         // key of the counter-based random numbers
+    int threads = 1;           // OpenMP threads, part of what decides the bits of a sum
+    std::string tokenizer;
+    int64_t end_of_text = 0;    // its token
+    std::string configuration;  // effective configuration, as TOML text
+    nlohmann::json schedule;    // of the learning rate
+    nlohmann::json extra;       // outlier windows and whatever else the loop carries from step to step
+
+    std::vector<std::string> notes;  // filled by load: what the reader should be told
+};
+
+struct Manifest {
+    TrainingState state;
+    GptConfig model;
+    std::map<std::string, std::string> environment;  // what the bits of a sum depend on
+    std::map<std::string, FileRecord> files;
+    nlohmann::json tensors = nlohmann::json::array();  // name, file, dtype, global shape, offset in it, bytes
+};
+
+// Equal environments compute equal bits.
+inline std::map<std::string, std::string> current_environment(int threads) {
+    static const std::string binary = record_of("/proc/self/exe").hash;
+    static const std::string cpu = [] {
+        std::ifstream file("/proc/cpuinfo");
+        for (std::string line; std::getline(file, line);)
+            if (line.starts_with("model name")) return line.substr(std::min(line.size(), line.find(':') + 2));
+        return std::string("unknown");
+    }();
+    return {{"binary", binary},
+            {"cpu", cpu},
+            {"instructions", isa_name(cpu_isa())},
+            {"precision", PRECISION_NAME},
+            {"threads", std::to_string(threads)}};
+}
+
+inline constexpr const char* manifest_name = "manifest.json";
+inline constexpr const char* manifest_format = "helixtrain checkpoint 1";
+
+inline void write_manifest(const std::string& directory, const Manifest& manifest) {
+    const TrainingState& state = manifest.state;
+    const GptConfig& model = manifest.model;
+    nlohmann::json contents = {{"format", manifest_format},
+                               {"step", state.step},
+                               {"sample_index", state.sample_index},
+                               {"seed", state.seed},
+                               {"threads", state.threads},
+                               {"tokenizer", state.tokenizer},
+                               {"end_of_text", state.end_of_text},
+                               {"configuration", state.configuration},
+                               {"schedule", state.schedule},
+                               {"extra", state.extra},
+                               {"model",
+                                {{"layers", model.layers},
+                                 {"channels", model.channels},
+                                 {"heads", model.heads},
+                                 {"context", model.context},
+                                 {"vocab", model.vocab},
+                                 {"tied", model.tied}}},
+                               {"environment", manifest.environment},
+                               {"tensors", manifest.tensors}};
+    for (const auto& [name, record] : manifest.files)
+        contents["files"][name] = {{"bytes", record.bytes}, {"xxh3_128", record.hash}};
+    // The hash is over the parsed contents in their canonical form, which is what a reader can compute again.
+    contents = nlohmann::json::parse(json_text(contents));
+    contents["xxh3_128"] = hash_of(json_text(contents, -1));
+    write_file(directory + "/" + manifest_name, json_text(contents));
+}
+
+inline Manifest read_manifest(const std::string& directory) {
+    const std::string path = directory + "/" + manifest_name;
+    nlohmann::json contents = read_json_file(path);
+    const std::string format = json_string(contents, "format", path), hash = json_string(contents, "xxh3_128", path);
+    if (format != manifest_format)
+        throw Failure(EXIT_DATA, path + " has the format \"" + format + "\"; this program reads \"" + manifest_format + "\".");
+    contents.erase("xxh3_128");
+    if (hash_of(json_text(contents, -1)) != hash)
+        throw Failure(EXIT_DATA, path + " does not have the contents that its hash was made of.");
+
+    Manifest manifest;
+    TrainingState& state = manifest.state;
+    state.step = json_integer(contents, "step", path);
+    state.sample_index = json_integer(contents, "sample_index", path);
+    state.seed = json_member(contents, "seed", path).get<uint64_t>();
+    state.threads = int(json_integer(contents, "threads", path));
+    state.tokenizer = json_string(contents, "tokenizer", path);
+    state.end_of_text = json_integer(contents, "end_of_text", path);
+    state.configuration = json_string(contents, "configuration", path);
+    state.schedule = json_member(contents, "schedule", path);
+    state.extra = json_member(contents, "extra", path);
+
+    const nlohmann::json& model = json_member(contents, "model", path);
+    manifest.model.layers = json_integer(model, "layers", path);
+    manifest.model.channels = json_integer(model, "channels", path);
+    manifest.model.heads = json_integer(model, "heads", path);
+    manifest.model.context = json_integer(model, "context", path);
+    manifest.model.vocab = json_integer(model, "vocab", path);
+    manifest.model.padded_vocab = round_up(manifest.model.vocab, 64);
+    manifest.model.tied = json_bool(model, "tied", path);
+
+    for (const auto& [name, value] : json_member(contents, "environment", path).items())
+        manifest.environment[name] = as_string(value, path);
+    for (const auto& [name, file] : json_member(contents, "files", path).items())
+        manifest.files[name] = {json_integer(file, "bytes", path), json_string(file, "xxh3_128", path)};
+    manifest.tensors = json_member(contents, "tensors", path);
+    return manifest;
+}

@@ -1,0 +1,259 @@
+// The model: embed, pre_attention, attention, post_attention, head, each with its forward and backward, on flat tokens
+// [N, C]. A chunk may hold many segments; only attention looks at their borders.
+//
+//   embed           tokens               -> x(0)                  x(0) = wte[token] + wpe[position]
+//   pre_attention   x(l)                 -> q, k, v               LayerNorm, then one product for all three
+//   attention       q, k, v              -> o, lse                causal within each segment; no parameters
+//   post_attention  x(l), o              -> x(l+1)                r = x + proj(o);  x' = r + out(gelu(fc(LayerNorm(r))))
+//   head            x(L), targets        -> loss                  LayerNorm, logits, cross entropy
+//
+// Backward functions add to the gradients of their parameters (floatS) and update d_residual, the gradient of the
+// residual stream, in place from x(L) down to x(0). All ops but attention work row by row, so they may handle any number
+// of rows at a time: --mlp-chunk bounds the [n, 4C] tensors and --head-chunk the [n, Vp] ones (HelixPipe, chunked MLP).
+#pragma once
+
+#include <span>
+#include <type_traits>
+
+// the kernels, in the order in which a token meets them
+#include "llmc/kernels/encoder.cuh"
+#include "llmc/kernels/layernorm.cuh"
+#include "llmc/kernels/matmul.cuh"
+#include "llmc/kernels/attention.cuh"
+#include "llmc/kernels/classifier.cuh"
+#include "llmc/kernels/copy.cuh"
+#include "llmc/kernels/reduce.cuh"
+// the tensors they work on
+#include "llmc/model/activations.h"
+
+struct BlockContext {
+    const Device& device;
+    const GptConfig& config;
+    Allocator workspace;    // passed by value: every op starts with all of it
+    int64_t mlp_chunk = 0;  // rows at a time in pre and post, 0 = all
+    int64_t head_chunk = 0;
+};
+
+// Calls body(begin, count) for consecutive ranges of at most `chunk` rows.
+template <class Body> void for_row_ranges(int64_t N, int64_t chunk, Body body) {
+    const int64_t n = rows_at_a_time(chunk, N);
+    for (int64_t begin = 0; begin < N; begin += n) body(begin, std::min(n, N - begin));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// embed
+
+inline void embed_forward(const BlockContext& ctx, const ModelTensors<floatX>& weights, Matrix<floatR> x,
+                          const int32_t* tokens /*[N]*/, const int32_t* positions /*[N]*/) {
+    const GptConfig& g = ctx.config;
+    encoder_forward(ctx.device, x, tokens, positions, {weights.wte, g.padded_vocab, g.channels},
+                    {weights.wpe, g.context, g.channels});
+}
+
+inline void embed_backward(const BlockContext& ctx, const ModelTensors<floatS>& gradients,
+                           Matrix<const floatR> d_residual, const int32_t* tokens, const int32_t* positions) {
+    const GptConfig& g = ctx.config;
+    encoder_backward(ctx.device, {gradients.wte, g.padded_vocab, g.channels}, {gradients.wpe, g.context, g.channels},
+                     d_residual, tokens, positions);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// pre_attention
+
+inline void pre_attention_forward(const BlockContext& ctx, const LayerTensors<floatX>& w, const PreActivations& a,
+                                  Matrix<const floatR> x) {
+    const int64_t C = ctx.config.channels;
+    layernorm_forward(ctx.device, a.ln1, a.mean, a.rstd, x, w.ln1_weight, w.ln1_bias);
+    matmul_forward(ctx.device, a.qkv, a.ln1, {w.qkv_weight, 3 * C, C}, w.qkv_bias);
+}
+
+inline void pre_attention_backward(BlockContext ctx, const LayerTensors<floatX>& w, const LayerTensors<floatS>& dw,
+                                   Matrix<floatR> d_residual, Matrix<const floatX> d_qkv, const PreActivations& a,
+                                   Matrix<const floatR> x) {
+    const int64_t N = x.rows, C = ctx.config.channels;
+    matmul_backward_weight(ctx.device, {dw.qkv_weight, 3 * C, C}, dw.qkv_bias, d_qkv, a.ln1);
+    const PreWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
+    for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
+        const Matrix<floatX> d_ln1 = ws.d_ln1.row_range(0, n);
+        matmul_backward_input(ctx.device, d_ln1, d_qkv.row_range(begin, n), {w.qkv_weight, 3 * C, C});
+        layernorm_backward(ctx.device, d_residual.row_range(begin, n), dw.ln1_weight, dw.ln1_bias, d_ln1,
+                           x.row_range(begin, n), a.mean + begin, a.rstd + begin, w.ln1_weight);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// attention
+
+// One segment of a chunk as attention sees it: rows [begin, begin + length) of the chunk, after `context` earlier tokens
+// of the same sequence. The keys and values of a slice lie in its sequence's store, all others in qkv.
+struct SegmentRows {
+    int64_t begin, length, context;
+    bool sliced;
+};
+
+inline std::vector<AttentionSegment> attention_segments(std::span<const SegmentRows> rows, Matrix<floatX> qkv,
+                                                        Matrix<floatX> store) {
+    const int64_t C = qkv.cols / 3;
+    std::vector<AttentionSegment> segments;
+    for (const SegmentRows& r : rows) {
+        AttentionSegment s{};
+        s.begin = r.begin;
+        s.length = r.length;
+        s.context = r.context;
+        s.k = r.sliced ? store.data : qkv.row(r.begin) + C;
+        s.v = s.k + C;
+        s.kv_stride = r.sliced ? store.stride : qkv.stride;
+        segments.push_back(s);
+    }
+    return segments;
+}
+
+inline void attention_block_forward(const BlockContext& ctx, const AttentionActivations& a, Matrix<floatX> qkv,
+                                    Matrix<floatX> store, std::span<const SegmentRows> rows) {
+    const int64_t C = ctx.config.channels;
+    for (const SegmentRows& r : rows)
+        if (r.sliced)
+            copy_rows(ctx.device, store.row_range(r.context, r.length),
+                      Matrix<const floatX>(qkv.row_range(r.begin, r.length).column_range(C, 2 * C)));
+    attention_forward(ctx.device, a.out, a.lse, qkv.column_range(0, C), attention_segments(rows, qkv, store),
+                      int(ctx.config.heads));
+}
+
+// d_store sums the gradients of all keys and values of a cut sequence, in fp32, while its slices run backward from the
+// last to the first; those of a slice are complete once the slice itself has run. `last_slice` clears it.
+inline void attention_block_backward(const BlockContext& ctx, Matrix<floatX> d_qkv, Matrix<const floatX> d_out,
+                                     const AttentionActivations& a, Matrix<floatX> qkv, Matrix<floatX> store,
+                                     Matrix<floatS> d_store, std::span<const SegmentRows> rows, bool last_slice) {
+    const int64_t C = ctx.config.channels;
+    if (last_slice) fill_zero(ctx.device, d_store);
+    std::vector<AttentionSegment> segments = attention_segments(rows, qkv, store);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        AttentionSegment& s = segments[i];
+        if (rows[i].sliced) {
+            s.dk_sum = d_store.data;
+            s.dv_sum = d_store.data + C;
+            s.sum_stride = d_store.stride;
+        } else {
+            s.dk = d_qkv.row(s.begin) + C;
+            s.dv = s.dk + C;
+            s.dkv_stride = d_qkv.stride;
+        }
+    }
+    attention_backward(ctx.device, d_qkv.column_range(0, C), d_out, a.out, qkv.column_range(0, C), a.lse, segments,
+                       int(ctx.config.heads));
+    for (const SegmentRows& r : rows)
+        if (r.sliced)
+            copy_rows(ctx.device, d_qkv.row_range(r.begin, r.length).column_range(C, 2 * C),
+                      Matrix<const floatS>(d_store.row_range(r.context, r.length)));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// post_attention
+
+// Everything up to GELU for the n rows of `a`; what the backward pass needs. `branch` [n, C] is scratch.
+inline void post_attention_hidden(const BlockContext& ctx, const LayerTensors<floatX>& w, const PostActivations& a,
+                                  Matrix<floatX> branch, Matrix<const floatR> x, Matrix<const floatX> o) {
+    const int64_t C = ctx.config.channels;
+    matmul_forward(ctx.device, branch, o, {w.proj_weight, C, C}, w.proj_bias);
+    residual_layernorm_forward(ctx.device, a.residual, a.ln2, a.mean, a.rstd, x, branch, w.ln2_weight, w.ln2_bias);
+    matmul_forward(ctx.device, a.gelu, a.ln2, {w.fc_weight, 4 * C, C}, w.fc_bias, Activation::gelu, a.fc);
+}
+
+// `kept` is where mode `none` keeps the activations for the backward pass, null in the other modes.
+inline void post_attention_forward(BlockContext ctx, const LayerTensors<floatX>& w, Matrix<floatR> y /*[N, C]*/,
+                                   const PostActivations* kept, Matrix<const floatR> x, Matrix<const floatX> o) {
+    const int64_t N = x.rows, C = ctx.config.channels;
+    const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
+    for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
+        const PostActivations a = kept ? kept->row_range(begin, n) : ws.activations.row_range(0, n);
+        const Matrix<floatX> branch = ws.branch.row_range(0, n);
+        post_attention_hidden(ctx, w, a, branch, x.row_range(begin, n), o.row_range(begin, n));
+        matmul_forward(ctx.device, branch, a.gelu, {w.out_weight, C, 4 * C}, w.out_bias);
+        residual_forward(ctx.device, y.row_range(begin, n), a.residual, branch);
+    });
+}
+
+// The residual gradient as matrix products read it: the same memory where the types agree, else a cast copy.
+inline Matrix<const floatX> as_product_operand(const Device& device, Matrix<floatX> copy, Matrix<const floatR> rows) {
+    if constexpr (std::is_same_v<floatR, floatX>) return rows;
+    copy_rows(device, copy, rows);
+    return copy;
+}
+
+inline void post_attention_backward(BlockContext ctx, const LayerTensors<floatX>& w, const LayerTensors<floatS>& dw,
+                                    Matrix<floatR> d_residual, Matrix<floatX> d_out /*[N, C]*/,
+                                    const PostActivations* kept, Matrix<const floatR> x, Matrix<const floatX> o) {
+    const int64_t N = x.rows, C = ctx.config.channels;
+    const Device& device = ctx.device;
+    const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
+    for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
+        const PostActivations a = kept ? kept->row_range(begin, n) : ws.activations.row_range(0, n);
+        const Matrix<const floatX> o_rows = o.row_range(begin, n);
+        if (!kept) post_attention_hidden(ctx, w, a, ws.branch.row_range(0, n), x.row_range(begin, n), o_rows);
+
+        const Matrix<floatR> d_rows = d_residual.row_range(begin, n);
+        const Matrix<floatX> d_fc = ws.d_fc.row_range(0, n), d_ln2 = ws.d_ln2.row_range(0, n);
+        Matrix<const floatX> d_branch = as_product_operand(device, ws.d_residual.row_range(0, n), d_rows);
+        matmul_backward_input(device, d_fc, d_branch, {w.out_weight, C, 4 * C}, a.fc);
+        matmul_backward_weight(device, {dw.out_weight, C, 4 * C}, dw.out_bias, d_branch, a.gelu);
+        matmul_backward_input(device, d_ln2, d_fc, {w.fc_weight, 4 * C, C});
+        matmul_backward_weight(device, {dw.fc_weight, 4 * C, C}, dw.fc_bias, d_fc, a.ln2);
+        layernorm_backward(device, d_rows, dw.ln2_weight, dw.ln2_bias, d_ln2, a.residual, a.mean, a.rstd,
+                           w.ln2_weight);
+
+        d_branch = as_product_operand(device, ws.d_residual.row_range(0, n), d_rows);
+        matmul_backward_input(device, d_out.row_range(begin, n), d_branch, {w.proj_weight, C, C});
+        matmul_backward_weight(device, {dw.proj_weight, C, C}, dw.proj_bias, d_branch, o_rows);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// head
+
+// Final LayerNorm and logits of the rows x; `ws` has at least x.rows rows.
+inline Matrix<floatX> head_logits(const BlockContext& ctx, const ModelTensors<floatX>& w, const HeadWorkspace& ws,
+                                  Matrix<const floatR> x) {
+    const Matrix<floatX> ln = ws.ln.row_range(0, x.rows), logits = ws.logits.row_range(0, x.rows);
+    layernorm_forward(ctx.device, ln, ws.mean, ws.rstd, x, w.lnf_weight, w.lnf_bias);
+    matmul_forward(ctx.device, logits, ln, {w.head, ctx.config.padded_vocab, ctx.config.channels}, nullptr);
+    return logits;
+}
+
+// Sum of the losses of the chunk's targets, in nats; targets of -1 count nothing. `losses` [N], when given, receives
+// each one.
+inline double head_forward(BlockContext ctx, const ModelTensors<floatX>& w, Matrix<const floatR> x,
+                           const int32_t* targets /*[N]*/, floatS* losses = nullptr) {
+    const HeadWorkspace ws(ctx.workspace, rows_at_a_time(ctx.head_chunk, x.rows), ctx.config);
+    double total = 0;
+    for_row_ranges(x.rows, ctx.head_chunk, [&](int64_t begin, int64_t n) {
+        const Matrix<floatX> logits = head_logits(ctx, w, ws, x.row_range(begin, n));
+        classifier_forward_backward(ctx.device, ws.losses, logits, targets + begin, ctx.config.vocab, 0, false);
+        total += sum(ctx.device, ws.losses, n);
+        if (losses) std::copy_n(ws.losses, n, losses + begin);
+    });
+    return total;
+}
+
+// Loss and gradient in one pass: at most one chunk of logits is alive. `loss_scale` is one over the number of targets in
+// the whole step, on all ranks: the only place where anything is divided by it. Creates d_residual.
+inline double head_backward(BlockContext ctx, const ModelTensors<floatX>& w, const ModelTensors<floatS>& dw,
+                            Matrix<floatR> d_residual, Matrix<const floatR> x, const int32_t* targets,
+                            floatS loss_scale, floatS* losses = nullptr) {
+    const GptConfig& g = ctx.config;
+    const HeadWorkspace ws(ctx.workspace, rows_at_a_time(ctx.head_chunk, x.rows), g);
+    fill_zero(ctx.device, d_residual);
+    double total = 0;
+    for_row_ranges(x.rows, ctx.head_chunk, [&](int64_t begin, int64_t n) {
+        const Matrix<const floatR> rows = x.row_range(begin, n);
+        const Matrix<floatX> logits = head_logits(ctx, w, ws, rows), d_ln = ws.d_ln.row_range(0, n);
+        classifier_forward_backward(ctx.device, ws.losses, logits, targets + begin, g.vocab, loss_scale, true);
+        total += sum(ctx.device, ws.losses, n);
+        if (losses) std::copy_n(ws.losses, n, losses + begin);
+        matmul_backward_input(ctx.device, d_ln, logits, {w.head, g.padded_vocab, g.channels});
+        matmul_backward_weight(ctx.device, {dw.head, g.padded_vocab, g.channels}, nullptr, logits,
+                               ws.ln.row_range(0, n));
+        layernorm_backward(ctx.device, d_residual.row_range(begin, n), dw.lnf_weight, dw.lnf_bias, d_ln, rows, ws.mean,
+                           ws.rstd, w.lnf_weight);
+    });
+    return total;
+}
