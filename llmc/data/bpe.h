@@ -4,18 +4,18 @@
 #pragma once
 
 #include <algorithm>
-#include <fstream>
+#include <array>
 #include <functional>
 #include <queue>
+#include <sstream>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
-#include <nlohmann/json.hpp>
-
-#include "../common.h"
-#include "unicode.h"
+#include "llmc/data/unicode.h"
+#include "llmc/io/json.h"
 
 enum class CharClass { letter, number, space, other };
 
@@ -95,23 +95,27 @@ inline std::vector<std::string_view> split_words(std::string_view text) {
     return words;
 }
 
+// The vocabulary file spells each byte as one printable character: itself, or else the next free one from U+0100 on.
+inline std::array<int32_t, 256> byte_spelling() {
+    std::array<int32_t, 256> spelling;
+    for (int32_t byte = 0, next = 256; byte < 256; byte++) {
+        const bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
+        spelling[size_t(byte)] = printable ? byte : next++;
+    }
+    return spelling;
+}
+
 class BytePairEncoder {
-   public:
+public:
     explicit BytePairEncoder(const std::string& directory) {
-        // The vocabulary spells each byte as one printable character: itself, or the next free one from U+0100 on.
-        std::unordered_map<int32_t, uint8_t> byte_of;
-        std::string spelling[256];
-        for (int32_t byte = 0, next = 256; byte < 256; byte++) {
-            const bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
-            const int32_t code = printable ? byte : next++;
-            byte_of[code] = uint8_t(byte);
-            spelling[byte] = encode_utf8(code);
-        }
+        const std::array<int32_t, 256> spelling = byte_spelling();
+        std::unordered_map<int32_t, char> byte_of;
+        for (int byte = 0; byte < 256; byte++) byte_of[spelling[size_t(byte)]] = char(byte);
 
         const std::string vocab_path = directory + "/vocab.json", merges_path = directory + "/merges.txt";
-        const nlohmann::json vocab = nlohmann::json::parse(open(vocab_path), nullptr, /*allow_exceptions=*/false);
+        const nlohmann::json vocab = read_json_file(vocab_path);
         if (!vocab.is_object()) fail(vocab_path, "it is not a JSON object");
-        bytes_.resize(vocab.size());
+        token_text.resize(vocab.size());
         std::vector<bool> taken(vocab.size());
         std::unordered_map<std::string, int32_t> id_of;
         for (const auto& [spelled, id] : vocab.items()) {
@@ -120,11 +124,11 @@ class BytePairEncoder {
                                      std::to_string(vocab.size() - 1) + " once");
             taken[id.get<size_t>()] = true;
             id_of[spelled] = id.get<int32_t>();
-            std::string& bytes = bytes_[id.get<size_t>()];
+            std::string& bytes = token_text[id.get<size_t>()];
             for (size_t i = 0; i < spelled.size();) {
                 const auto [code, length] = decode_utf8(spelled, i);
                 const auto found = byte_of.find(code);
-                if (found != byte_of.end()) bytes += char(found->second);
+                if (found != byte_of.end()) bytes += found->second;
                 else bytes += spelled.substr(i, length);
                 i += length;
             }
@@ -134,10 +138,10 @@ class BytePairEncoder {
             if (found == id_of.end()) fail(vocab_path, "it has no token '" + token + "'");
             return found->second;
         };
-        end_of_text_ = require("<|endoftext|>");
-        for (int byte = 0; byte < 256; byte++) byte_ids_[byte] = require(spelling[byte]);
+        end_id = require("<|endoftext|>");
+        for (int byte = 0; byte < 256; byte++) byte_ids[byte] = require(encode_utf8(spelling[size_t(byte)]));
 
-        std::ifstream merges = open(merges_path);
+        std::istringstream merges(read_text_file(merges_path, json_bytes_limit));
         std::string line;
         for (int32_t rank = 0, number = 1; std::getline(merges, line); number++) {
             if (line.empty() || (number == 1 && line.starts_with("#version"))) continue;
@@ -145,42 +149,38 @@ class BytePairEncoder {
             if (space == std::string::npos)
                 fail(merges_path, "line " + std::to_string(number) + " is '" + line + "', expected two tokens");
             const std::string left = line.substr(0, space), right = line.substr(space + 1);
-            merges_[pair_key(require(left), require(right))] = {rank++, require(left + right)};
+            pair_merges[pair_key(require(left), require(right))] = {rank++, require(left + right)};
         }
     }
 
-    int64_t vocab() const { return int64_t(bytes_.size()); }
-    int32_t end_of_text() const { return end_of_text_; }
-    const std::string& bytes(int32_t id) const { return bytes_[size_t(id)]; }
+    int64_t vocab() const { return int64_t(token_text.size()); }
+    int32_t end_of_text() const { return end_id; }
+    const std::string& bytes(int32_t id) const { return token_text[size_t(id)]; }
 
     void encode(std::string_view text, std::vector<int32_t>& ids) const {
         for (std::string_view word : split_words(text)) encode_word(word, ids);
     }
 
-   private:
+private:
     struct Merge {
         int32_t rank, id;
     };
-    std::vector<std::string> bytes_;  // [vocab] what each token stands for
-    std::unordered_map<uint64_t, Merge> merges_;
-    int32_t byte_ids_[256];
-    int32_t end_of_text_ = 0;
+    std::vector<std::string> token_text;  // [vocab] what each token stands for
+    std::unordered_map<uint64_t, Merge> pair_merges;
+    int32_t byte_ids[256];
+    int32_t end_id = 0;
 
     static uint64_t pair_key(int32_t left, int32_t right) { return uint64_t(left) << 32 | uint32_t(right); }
 
     [[noreturn]] static void fail(const std::string& path, const std::string& found) {
-        throw Failure(EXIT_DATA, "tokenizer file " + path + ": " + found +
-                                     "; --tokenizer-dir wants a folder with GPT-2's vocab.json and merges.txt, as Hugging Face "
-                                     "publishes them and the scripts in data/ write them");
-    }
-    static std::ifstream open(const std::string& path) {
-        std::ifstream file(path);
-        if (!file) fail(path, "it cannot be opened");
-        return file;
+        throw Failure(EXIT_DATA,
+                      "Tokenizer file " + path + ": " + found +
+                          "; --tokenizer-dir wants a folder with GPT-2's vocab.json and merges.txt, as Hugging Face "
+                          "publishes them and the scripts in data/ write them.");
     }
 
-    // Joins the pair of lowest rank, the leftmost of several, until none is left. A heap of candidate pairs over a linked
-    // list keeps a word of n bytes at O(n log n): a "word" may be a megabyte of one character.
+    // Joins the pair of lowest rank, the leftmost of several, until none is left. A heap of candidate pairs over a
+    // linked list keeps a word of n bytes at O(n log n): a "word" may be a megabyte of one character.
     void encode_word(std::string_view word, std::vector<int32_t>& ids) const {
         struct Part {
             int32_t id, previous, next;  // id -1: joined to the part before it
@@ -193,12 +193,12 @@ class BytePairEncoder {
         };
         const int32_t n = int32_t(word.size());
         std::vector<Part> parts(n);
-        for (int32_t i = 0; i < n; i++) parts[i] = {byte_ids_[uint8_t(word[i])], i - 1, i + 1};
+        for (int32_t i = 0; i < n; i++) parts[i] = {byte_ids[uint8_t(word[i])], i - 1, i + 1};
         std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> heap;
         const auto consider = [&](int32_t left) {
             if (left < 0 || parts[left].next >= n) return;
             const int32_t a = parts[left].id, b = parts[parts[left].next].id;
-            if (const auto merge = merges_.find(pair_key(a, b)); merge != merges_.end())
+            if (const auto merge = pair_merges.find(pair_key(a, b)); merge != pair_merges.end())
                 heap.push({merge->second.rank, left, a, b, merge->second.id});
         };
         for (int32_t i = 0; i < n; i++) consider(i);
@@ -206,7 +206,8 @@ class BytePairEncoder {
             const Candidate best = heap.top();
             heap.pop();
             Part& left = parts[best.left];
-            if (left.id != best.left_id || left.next >= n || parts[left.next].id != best.right_id) continue;  // outdated
+            const bool outdated = left.id != best.left_id || left.next >= n || parts[left.next].id != best.right_id;
+            if (outdated) continue;
             Part& right = parts[left.next];
             left.id = best.id;
             left.next = right.next;

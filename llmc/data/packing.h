@@ -1,13 +1,13 @@
-// From a batch of sequences to chunks of at most `chunk_tokens` tokens. A longer sequence becomes slices, each a chunk of
-// its own, one after the other; all others are packed by first-fit decreasing: the longest first, each into the first
-// chunk with room. Deterministic: equal lengths keep their order.
+// From a batch of sequences to chunks of at most `chunk_tokens` tokens. A longer sequence becomes slices, each a chunk
+// of its own, one after the other; all others are packed by first-fit decreasing: the longest first, each into the
+// first chunk with room. Deterministic: equal lengths keep their order.
 #pragma once
 
 #include <algorithm>
 #include <numeric>
 
-#include "../pipeline/chunk.h"
-#include "loader.h"
+#include "llmc/data/loader.h"
+#include "llmc/pipeline/chunk.h"
 
 inline std::vector<Chunk> make_chunks(const Batch& batch, int64_t chunk_tokens) {
     std::vector<Chunk> chunks;
@@ -38,8 +38,8 @@ inline std::vector<Chunk> make_chunks(const Batch& batch, int64_t chunk_tokens) 
 
 // A chunk's tokens as the kernels take them, segment after segment.
 struct ChunkTokens {
-    std::vector<int32_t> tokens, targets;  // [N]
-    std::vector<int32_t> positions;        // [N] place in the sequence, for the position embedding
+    std::vector<int32_t> tokens, targets;   // [N]
+    std::vector<int32_t> positions;         // [N] place in the sequence, for the position embedding
     std::vector<int64_t> cu_seqlens = {0};  // [segments + 1] where each segment begins, and N
 };
 

@@ -1,194 +1,217 @@
 // Token files in llm.c's shard formats: a header of 256 int32 (magic, version, token count), then the token ids as
 // uint16 (magic 20240520, version 1) or uint32 (magic 20240801, version 7). The file's size says how many tokens there
-// are; the header's count is a check. It has 32 bits, so in shards of 2^31 tokens and more the low 32 bits must agree.
+// are; the header's count is a check. It has 32 bits, so for shards of 2^31 tokens and more the low 32 bits must agree.
 // Read by data/loader.h, written by commands/tokenize.h.
 #pragma once
 
-// Files of any size, without reading them: memory maps.
-#include <fcntl.h>
-#include <glob.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <filesystem>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "../common.h"
+// patterns of file names
+#include <glob.h>
 
-constexpr int64_t TOKEN_HEADER_BYTES = 1024;
+#include "llmc/io/files.h"
 
-// One of the two formats, named by the size of an id in bytes.
+inline constexpr int64_t token_header_bytes = 1024;
+
+// One of the two formats, told apart by the size of an id.
 struct TokenFormat {
     int32_t magic, version;
     int64_t token_bytes;
 };
-constexpr TokenFormat TOKEN_FORMATS[] = {{20240520, 1, 2}, {20240801, 7, 4}};
+inline constexpr TokenFormat token_formats[] = {{20240520, 1, 2}, {20240801, 7, 4}};
 
-// A token file opened for reading. The constructor checks header and size before anything depends on them; what it
-// refuses ends as Failure(EXIT_DATA) with the file, the byte offset, and what to do.
+// A token file open for reading. Header and size are checked before anything depends on them; what is refused ends as
+// Failure(EXIT_DATA) with the file, the byte offset and what to do.
 class TokenFile {
-   public:
-    explicit TokenFile(const std::string& path) : path_(path) {
-        struct stat status;
-        if (stat(path.c_str(), &status) != 0) fail(0, std::string("it cannot be opened (") + strerror(errno) + ")");
-        if (!S_ISREG(status.st_mode)) fail(0, "it is not a regular file");
-        bytes_ = status.st_size;
-        if (bytes_ < TOKEN_HEADER_BYTES)
-            fail(bytes_, "it ends there, inside the header of " + std::to_string(TOKEN_HEADER_BYTES) + " bytes");
+public:
+    explicit TokenFile(const std::string& path) : file(path) {
+        if (file.size() < token_header_bytes)
+            fail(file.size(), "it ends there, within the header of " + std::to_string(token_header_bytes) + " bytes");
+        int32_t header[3];
+        file.read(0, header, sizeof header);
+        const auto format = std::find_if(std::begin(token_formats), std::end(token_formats),
+                                         [&](const TokenFormat& known) { return known.magic == header[0]; });
+        if (format == std::end(token_formats))
+            fail(0, "the magic number is " + std::to_string(header[0]) +
+                        (header[0] ? "" : ", which an interrupted write leaves") + ", expected " +
+                        std::to_string(token_formats[0].magic) + " (uint16) or " +
+                        std::to_string(token_formats[1].magic) + " (uint32)");
+        if (header[1] != format->version)
+            fail(4, "the version is " + std::to_string(header[1]) + ", expected " + std::to_string(format->version));
+        bytes_per_token = format->token_bytes;
+        const int64_t data_bytes = file.size() - token_header_bytes;
+        tokens = data_bytes / bytes_per_token;
+        if (data_bytes % bytes_per_token != 0)
+            fail(file.size(), "it ends there, within an id of " + std::to_string(bytes_per_token) + " bytes");
+        if (uint32_t(header[2]) != uint32_t(tokens))
+            fail(8, "the header counts " + std::to_string(uint32_t(header[2])) + " tokens, but " +
+                        std::to_string(file.size()) + " bytes hold " + std::to_string(tokens));
+    }
 
-        const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        if (file < 0) fail(0, std::string("it cannot be opened (") + strerror(errno) + ")");
-        void* mapped = mmap(nullptr, size_t(bytes_), PROT_READ, MAP_SHARED, file, 0);
-        const int error = errno;
-        close(file);
-        if (mapped == MAP_FAILED) fail(0, std::string("it cannot be mapped into memory (") + strerror(error) + ")");
-        map_ = static_cast<const std::byte*>(mapped);
-        try {
-            check_header();
-        } catch (...) {
-            unmap();
-            throw;
+    const std::string& path() const { return file.name(); }
+    int64_t size() const { return tokens; }                  // tokens
+    int64_t token_bytes() const { return bytes_per_token; }  // 2 or 4
+
+    // Reads the tokens [begin, begin + count).
+    void read(int64_t begin, int64_t count, int32_t* out) const {
+        const int64_t offset = token_header_bytes + begin * bytes_per_token;
+        if (bytes_per_token == 4) return file.read(offset, out, size_t(count) * 4);
+        // The ids are read into the upper half of the output and widened from there, front to back.
+        uint16_t* ids = reinterpret_cast<uint16_t*>(out) + count;
+        file.read(offset, ids, size_t(count) * 2);
+        for (int64_t i = 0; i < count; i++) {
+            uint16_t id;
+            std::memcpy(&id, ids + i, 2);
+            out[i] = id;
         }
     }
-    TokenFile(TokenFile&& other) noexcept
-        : path_(other.path_),
-          map_(std::exchange(other.map_, nullptr)),
-          bytes_(other.bytes_),
-          token_bytes_(other.token_bytes_),
-          size_(other.size_) {}
-    TokenFile& operator=(TokenFile&&) = delete;
-    ~TokenFile() { unmap(); }
 
-    const std::string& path() const { return path_; }
-    int64_t size() const { return size_; }                // tokens
-    int64_t token_bytes() const { return token_bytes_; }  // 2 or 4
-    uint32_t operator[](int64_t i) const { return token_bytes_ == 2 ? ids<uint16_t>()[i] : ids<uint32_t>()[i]; }
-
-    // Copies the tokens [begin, begin + count) to `out`.
-    void copy(int64_t begin, int64_t count, int32_t* out) const {
-        if (token_bytes_ == 2)
-            std::copy_n(ids<uint16_t>() + begin, count, out);
-        else
-            std::copy_n(ids<uint32_t>() + begin, count, out);
-    }
-
-    // Refuses ids outside [0, vocab), and returns the positions of `token` in ascending order: one pass for both, since
-    // this is the only time that the whole file is read.
+    // Refuses ids outside [0, vocab), and returns where `token` stands, in ascending order: both in one pass, since no
+    // other reads the whole file.
     std::vector<int64_t> scan(int64_t vocab, int64_t token) const {
-        return token_bytes_ == 2 ? scan_ids<uint16_t>(vocab, token) : scan_ids<uint32_t>(vocab, token);
+        constexpr int64_t block_tokens = 1 << 16, group_tokens = 1 << 10;
+        std::vector<int32_t> block(size_t(std::min(block_tokens, tokens)));
+        std::vector<int64_t> found;
+        for (int64_t begin = 0; begin < tokens; begin += block_tokens) {
+            const int64_t count = std::min(block_tokens, tokens - begin);
+            read(begin, count, block.data());
+            for (int64_t group = 0; group < count; group += group_tokens) {
+                const int64_t end = std::min(count, group + group_tokens);
+                uint32_t largest = 0, matches = 0;  // most groups need no more than this vector pass
+                for (int64_t i = group; i < end; i++) {
+                    largest = std::max(largest, uint32_t(block[size_t(i)]));
+                    matches += block[size_t(i)] == int32_t(token);
+                }
+                for (int64_t i = group; largest >= vocab && i < end; i++)
+                    if (uint32_t(block[size_t(i)]) >= vocab)
+                        fail_vocabulary(begin + i, uint32_t(block[size_t(i)]), vocab);
+                for (int64_t i = group; matches > 0 && i < end; i++)
+                    if (block[size_t(i)] == int32_t(token)) found.push_back(begin + i);
+            }
+        }
+        return found;
     }
     void check_vocabulary(int64_t vocab) const { scan(vocab, -1); }
 
-   private:
-    std::string path_;
-    const std::byte* map_ = nullptr;
-    int64_t bytes_ = 0, token_bytes_ = 0, size_ = 0;
+private:
+    FileReader file;
+    int64_t bytes_per_token = 0, tokens = 0;
 
-    template <class T> const T* ids() const { return reinterpret_cast<const T*>(map_ + TOKEN_HEADER_BYTES); }
-    void unmap() {
-        if (map_) munmap(const_cast<std::byte*>(map_), size_t(bytes_));
+    [[noreturn]] void fail(int64_t offset, const std::string& found) const {
+        throw Failure(EXIT_DATA, "Token file " + path() + ", byte " + std::to_string(offset) + ": " + found +
+                                     "; copy the file again, or make it anew with `train_gpt tokenize`.");
     }
-
-    [[noreturn]] void fail(int64_t offset, const std::string& found,
-                           const std::string& advice = "copy the file again, or make it anew with `tokenize`") const {
-        throw Failure(EXIT_DATA, "token file " + path_ + ", byte " + std::to_string(offset) + ": " + found + "; " + advice);
-    }
-
-    void check_header() {
-        int32_t header[3];
-        std::memcpy(header, map_, sizeof header);
-        const TokenFormat* format = nullptr;
-        for (const TokenFormat& known : TOKEN_FORMATS)
-            if (header[0] == known.magic) format = &known;
-        if (!format) {
-            std::string found = "the magic number is " + std::to_string(header[0]) + ", expected ";
-            found += std::to_string(TOKEN_FORMATS[0].magic) + " (uint16) or " + std::to_string(TOKEN_FORMATS[1].magic);
-            if (header[0] == 0) found += " (uint32); zero is what an interrupted write leaves";
-            else found += " (uint32)";
-            fail(0, found);
-        }
-        if (header[1] != format->version)
-            fail(4, "the version is " + std::to_string(header[1]) + ", expected " + std::to_string(format->version));
-        token_bytes_ = format->token_bytes;
-        const int64_t data_bytes = bytes_ - TOKEN_HEADER_BYTES;
-        size_ = data_bytes / token_bytes_;
-        if (data_bytes % token_bytes_ != 0)
-            fail(bytes_, "it ends there, in the middle of an id of " + std::to_string(token_bytes_) + " bytes");
-        if (uint32_t(header[2]) != uint32_t(size_))
-            fail(8, "the header counts " + std::to_string(uint32_t(header[2])) + " tokens, but the file's " +
-                        std::to_string(bytes_) + " bytes hold " + std::to_string(size_));
-    }
-
-    // Blocks are searched by all threads; a block without `token` and bad ids, the common case, costs one vector pass.
-    template <class T> std::vector<int64_t> scan_ids(int64_t vocab, int64_t token) const {
-        constexpr int64_t BLOCK = 1 << 16, GROUP = 1 << 10;
-        const int64_t blocks = ceil_div(size_, BLOCK);
-        std::vector<std::vector<int64_t>> found(blocks);
-        int64_t first_bad = size_;
-#pragma omp parallel for schedule(static) reduction(min : first_bad)
-        for (int64_t block = 0; block < blocks; block++) {
-            const int64_t block_end = std::min(size_, (block + 1) * BLOCK);
-            for (int64_t begin = block * BLOCK; begin < block_end; begin += GROUP) {
-                const T* group = ids<T>() + begin;
-                const int64_t n = std::min(GROUP, block_end - begin);
-                T largest = 0, matches = 0;
-                for (int64_t i = 0; i < n; i++) {
-                    largest = std::max(largest, group[i]);
-                    matches |= T(-(group[i] == token));
-                }
-                if (largest >= vocab)
-                    first_bad = std::min(first_bad, begin + (std::find_if(group, group + n, [&](T id) { return id >= vocab; }) - group));
-                for (int64_t i = 0; matches && i < n; i++)
-                    if (group[i] == token) found[block].push_back(begin + i);
-            }
-        }
-        if (first_bad < size_)
-            fail(TOKEN_HEADER_BYTES + first_bad * token_bytes_,
-                 "token " + std::to_string(first_bad) + " has the id " + std::to_string((*this)[first_bad]) +
-                     ", but the vocabulary has only " + std::to_string(vocab) + " ids",
-                 "choose the tokenizer that the file was made with, or make the file anew");
-        std::vector<int64_t> positions;
-        for (const auto& part : found) positions.insert(positions.end(), part.begin(), part.end());
-        return positions;
+    [[noreturn]] void fail_vocabulary(int64_t place, uint32_t id, int64_t vocab) const {
+        throw Failure(EXIT_DATA,
+                      "Token file " + path() + ", byte " +
+                          std::to_string(token_header_bytes + place * bytes_per_token) + ": token " +
+                          std::to_string(place) + " has the id " + std::to_string(id) + ", but the vocabulary has " +
+                          std::to_string(vocab) +
+                          " ids; choose the --tokenizer that the file was made with, or make the file anew.");
     }
 };
 
-// Opens the shards that a comma-separated list of paths and glob patterns names, in the order of their names.
+// Opens the shards that a comma-separated list of paths and patterns names, in the order of their names.
 inline std::vector<TokenFile> open_token_files(const std::string& patterns) {
     std::vector<std::string> paths;
-    for (size_t begin = 0; begin <= patterns.size();) {
+    for (size_t begin = 0; begin < patterns.size();) {
         const size_t end = std::min(patterns.find(',', begin), patterns.size());
         const std::string pattern = patterns.substr(begin, end - begin);
         begin = end + 1;
-        if (pattern.empty()) continue;
-        if (std::filesystem::exists(pattern)) {  // a name that holds * or [ itself
-            paths.push_back(pattern);
-            continue;
-        }
         glob_t matches = {};
-        const int status = glob(pattern.c_str(), 0, nullptr, &matches);
-        if (status == 0) paths.insert(paths.end(), matches.gl_pathv, matches.gl_pathv + matches.gl_pathc);
+        if (std::filesystem::exists(pattern)) {  // also when the name itself has a * or [
+            paths.push_back(pattern);
+        } else if (glob(pattern.c_str(), 0, nullptr, &matches) == 0) {
+            paths.insert(paths.end(), matches.gl_pathv, matches.gl_pathv + matches.gl_pathc);
+        } else {
+            throw Failure(EXIT_DATA, "No token file matches '" + pattern +
+                                         "'; make some with `train_gpt tokenize`, or correct the path.");
+        }
         globfree(&matches);
-        if (status != 0)
-            throw Failure(EXIT_DATA, "no token file matches '" + pattern + "'; make some with `train_gpt tokenize`, or " +
-                                         "quote the pattern so that the shell leaves it alone");
     }
-    if (paths.empty()) throw Failure(EXIT_DATA, "no token file was named; give --data a path or a pattern");
+    if (paths.empty()) throw Failure(EXIT_DATA, "No token file was named; give a path or a pattern.");
     std::sort(paths.begin(), paths.end());
     paths.erase(std::unique(paths.begin(), paths.end()), paths.end());
+
     std::vector<TokenFile> files;
     for (const std::string& path : paths) files.emplace_back(path);
     for (const TokenFile& file : files)
         if (file.token_bytes() != files[0].token_bytes())
-            throw Failure(EXIT_DATA, "token files of one data set must have ids of one size, but " + files[0].path() +
+            throw Failure(EXIT_DATA, "Token files that are read together need ids of one size, but " + files[0].path() +
                                          " has " + std::to_string(files[0].token_bytes()) + " bytes an id and " +
                                          file.path() + " has " + std::to_string(file.token_bytes()) +
-                                         "; name the two data sets in separate runs");
+                                         "; read them in separate runs.");
     return files;
 }
+
+// Writes documents to PREFIX000.bin, PREFIX001.bin ... of about `shard_tokens` tokens: a shard ends before the document
+// that would exceed it, so no document is cut, and one longer than a shard has a shard to itself. Each header is
+// written when its tokens are on the disk. Shards of an earlier run under the same prefix are removed first.
+class TokenWriter {
+public:
+    TokenWriter(const std::string& prefix, int64_t token_bytes, int64_t shard_tokens)
+        : prefix(prefix), format(token_formats[token_bytes == 4]), shard_tokens(shard_tokens) {
+        glob_t matches = {};
+        if (glob((prefix + "[0-9][0-9][0-9]*.bin").c_str(), 0, nullptr, &matches) == 0)
+            for (size_t i = 0; i < matches.gl_pathc; i++) remove_tree(matches.gl_pathv[i]);
+        globfree(&matches);
+    }
+
+    void append(std::span<const int32_t> document) {
+        const int64_t count = int64_t(document.size());
+        if (count == 0) return;
+        if (shard && in_shard + count > shard_tokens) close_shard();
+        if (!shard) open_shard();
+        if (format.token_bytes == 4) {
+            shard->append(document.data(), document.size() * 4);
+        } else {
+            narrow.assign(document.begin(), document.end());
+            shard->append(narrow.data(), narrow.size() * 2);
+        }
+        in_shard += count;
+        written += count;
+    }
+
+    void finish() {
+        if (shard) close_shard();
+    }
+
+    const std::vector<std::string>& paths() const { return shard_paths; }
+    int64_t size() const { return written; }  // tokens in all shards
+
+private:
+    std::string prefix;
+    TokenFormat format;
+    int64_t shard_tokens, in_shard = 0, written = 0;
+    std::unique_ptr<FileWriter> shard;
+    std::vector<std::string> shard_paths;
+    std::vector<uint16_t> narrow;
+
+    void open_shard() {
+        std::string number = std::to_string(shard_paths.size());
+        number.insert(0, number.size() < 3 ? 3 - number.size() : 0, '0');
+        shard_paths.push_back(prefix + number + ".bin");
+        shard = std::make_unique<FileWriter>(shard_paths.back());
+        const char empty[token_header_bytes] = {};
+        shard->append(empty, sizeof empty);
+        in_shard = 0;
+    }
+
+    void close_shard() {
+        shard->finish();
+        shard.reset();
+        const std::string& path = shard_paths.back();
+        const Descriptor file(::open(path.c_str(), O_WRONLY | O_CLOEXEC));
+        const int32_t header[3] = {format.magic, format.version, int32_t(uint32_t(in_shard))};
+        if (file < 0 || ::pwrite(file, header, sizeof header, 0) != sizeof header || ::fsync(file) != 0)
+            storage_failure("write the header of", path);
+        const std::string directory = std::filesystem::path(path).parent_path();
+        sync_directory(directory.empty() ? "." : directory);
+    }
+};

@@ -11,75 +11,78 @@
 #include <string_view>
 #include <vector>
 
-#include "bpe.h"
-#include "token_file.h"
+#include "llmc/data/bpe.h"
+#include "llmc/data/token_file.h"
 
 class Tokenizer {
-   public:
+public:
     // `directory` holds vocab.json and merges.txt; empty when no text will be encoded or decoded.
-    explicit Tokenizer(const std::string& name, const std::string& directory = "") : name_(name) {
+    explicit Tokenizer(const std::string& name, const std::string& directory = "") : called(name) {
         if (name == "gpt2") {
-            vocab_ = 50257;
+            ids_known = 50257;
             if (!directory.empty()) {
-                pairs_ = std::make_shared<const BytePairEncoder>(directory);
-                vocab_ = pairs_->vocab();
-                end_of_text_ = pairs_->end_of_text();
+                pairs = std::make_shared<const BytePairEncoder>(directory);
+                ids_known = pairs->vocab();
+                end_id = pairs->end_of_text();
                 return;
             }
         } else if (name != "bytes") {
-            throw Failure(EXIT_CONFIG, "there is no tokenizer '" + name + "'; choose bytes or gpt2");
+            throw Failure(EXIT_CONFIG, "There is no tokenizer '" + name + "'; choose bytes or gpt2.");
         }
-        end_of_text_ = int32_t(vocab_ - 1);
+        end_id = int32_t(ids_known - 1);
     }
 
-    const std::string& name() const { return name_; }
-    int64_t vocab() const { return vocab_; }
-    int32_t end_of_text() const { return end_of_text_; }
-    bool handles_text() const { return name_ == "bytes" || pairs_; }
+    const std::string& name() const { return called; }
+    int64_t vocab() const { return ids_known; }
+    int32_t end_of_text() const { return end_id; }
+    bool handles_text() const { return called == "bytes" || pairs; }
 
     // Ordinary text only: "<|endoftext|>" in it is text like any other.
     std::vector<int32_t> encode(std::string_view text) const {
         std::vector<int32_t> ids;
-        if (name_ == "bytes") ids.assign(reinterpret_cast<const uint8_t*>(text.data()),
-                                         reinterpret_cast<const uint8_t*>(text.data()) + text.size());
-        else pairs().encode(text, ids);
+        if (called == "bytes")
+            ids.assign(reinterpret_cast<const uint8_t*>(text.data()),
+                       reinterpret_cast<const uint8_t*>(text.data()) + text.size());
+        else require_pairs().encode(text, ids);
         return ids;
     }
 
-    // The bytes of the ids one after the other. A character of several bytes may be spread over several ids. Ids outside
-    // the vocabulary, which a model with padded rows could give, have no text.
+    // The bytes of the ids one after the other. A character of several bytes may be spread over several ids. Ids
+    // outside the vocabulary, which a model with padded rows could give, have no text.
     std::string decode(std::span<const int32_t> ids) const {
         std::string text;
         for (int32_t id : ids) {
-            if (id == end_of_text_) text += "<|endoftext|>";
-            else if (id < 0 || id >= vocab_) continue;
-            else if (name_ == "bytes") text += char(id);
-            else text += pairs().bytes(id);
+            if (id == end_id) text += "<|endoftext|>";
+            else if (id < 0 || id >= ids_known) continue;
+            else if (called == "bytes") text += char(id);
+            else text += require_pairs().bytes(id);
         }
         return text;
     }
 
-   private:
-    std::string name_;
-    int64_t vocab_ = 257;
-    int32_t end_of_text_;
-    std::shared_ptr<const BytePairEncoder> pairs_;  // shared, so that a Tokenizer can be copied
+private:
+    std::string called;
+    int64_t ids_known = 257;
+    int32_t end_id;
+    std::shared_ptr<const BytePairEncoder> pairs;  // shared, so that a Tokenizer can be copied
 
-    const BytePairEncoder& pairs() const {
-        if (!pairs_)
-            throw Failure(EXIT_CONFIG, "the gpt2 tokenizer needs vocab.json and merges.txt to read or write text; name their "
-                                       "folder with --tokenizer-dir (the scripts in data/ write them beside the shards)");
-        return *pairs_;
+    const BytePairEncoder& require_pairs() const {
+        if (!pairs)
+            throw Failure(EXIT_CONFIG,
+                          "The gpt2 tokenizer needs vocab.json and merges.txt to read or write text; name their "
+                          "folder with --tokenizer-dir (the scripts in data/ write them beside the shards).");
+        return *pairs;
     }
 };
 
 // The name of the tokenizer that token files were made with: llm.c's format has no field for it, but the first token of
 // the first shard is end-of-text, whose id differs.
 inline std::string infer_tokenizer(const std::vector<TokenFile>& files) {
-    const int64_t first = files.empty() || files[0].size() == 0 ? -1 : int64_t(files[0][0]);
+    int32_t first = -1;
+    if (files.at(0).size() > 0) files[0].read(0, 1, &first);
     for (const char* name : {"bytes", "gpt2"})
         if (first == Tokenizer(name).end_of_text()) return name;
-    throw Failure(EXIT_DATA, "cannot tell which tokenizer made " + (files.empty() ? "no file" : files[0].path()) +
-                                 ": its first token is " + std::to_string(first) +
-                                 ", expected end-of-text, 256 (bytes) or 50256 (gpt2); say --tokenizer bytes or gpt2");
+    throw Failure(EXIT_DATA, "Cannot tell which tokenizer made " + files[0].path() + ": its first token is " +
+                                 std::to_string(first) + ", expected end-of-text, 256 for bytes or 50256 for gpt2; " +
+                                 "give --tokenizer.");
 }

@@ -2,11 +2,13 @@
 // Whatever storage refuses (full, read-only, broken) becomes a Failure(EXIT_STORAGE) that names the path.
 #pragma once
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 // open, pread, fsync; the standard library has no fsync
@@ -120,7 +122,8 @@ public:
         : path(path), fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)) {
         struct stat status;
         if (fd < 0 || ::fstat(fd, &status) != 0)
-            throw Failure(errno == EIO ? EXIT_STORAGE : EXIT_DATA, "Cannot open " + path + ": " + std::strerror(errno) + ".");
+            throw Failure(errno == EIO ? EXIT_STORAGE : EXIT_DATA,
+                          "Cannot open " + path + ": " + std::strerror(errno) + ".");
         if (!S_ISREG(status.st_mode)) throw Failure(EXIT_DATA, path + " is not a regular file.");
         bytes = status.st_size;
     }
@@ -133,7 +136,9 @@ public:
             const ssize_t got = ::pread(fd, at, count, offset);
             if (got < 0 && errno == EINTR) continue;
             if (got < 0) storage_failure("read", path);
-            if (got == 0) throw Failure(EXIT_DATA, path + " ends at byte " + std::to_string(offset) + ", where more was expected.");
+            if (got == 0)
+                throw Failure(EXIT_DATA,
+                              path + " ends at byte " + std::to_string(offset) + ", where more was expected.");
             at += got;
             offset += got;
             count -= size_t(got);
@@ -184,6 +189,18 @@ inline void create_directories(const std::string& path) {
     std::error_code error;
     std::filesystem::create_directories(path, error);
     if (error) storage_failure("create the directory", path, error.value());
+}
+
+inline bool path_exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
+
+// The names in a directory; none when it does not exist.
+inline std::vector<std::string> list_directory(const std::string& path) {
+    std::vector<std::string> names;
+    std::error_code error;
+    for (std::filesystem::directory_iterator at(path, error), end; !error && at != end; at.increment(error))
+        names.push_back(at->path().filename());
+    if (error && error != std::errc::no_such_file_or_directory) storage_failure("list", path, error.value());
+    return names;
 }
 
 inline void remove_tree(const std::string& path) {

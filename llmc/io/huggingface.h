@@ -4,9 +4,9 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -56,35 +56,28 @@ inline void unpack_rows(const StoredForm& form, floatS* tensor, int64_t first, i
             for (int64_t r = 0; r < count; ++r) tensor[c * form.rows() + first + r] = block[r * columns + c];
 }
 
+// The name that GPT2LMHeadModel saves and expects.
+inline std::string huggingface_name(const std::string& name) {
+    return name == "lm_head.weight" ? name : "transformer." + name;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // config.json
 
 inline nlohmann::json huggingface_config(const GptConfig& model, int64_t end_of_text) {
-    return {{"model_type", "gpt2"},
-            {"architectures", {"GPT2LMHeadModel"}},
-            {"n_layer", model.layers},
-            {"n_embd", model.channels},
-            {"n_head", model.heads},
-            {"n_positions", model.context},
-            {"n_ctx", model.context},
-            {"n_inner", nullptr},
-            {"vocab_size", model.vocab},
-            {"activation_function", "gelu_new"},
-            {"layer_norm_epsilon", 1e-5},
-            {"tie_word_embeddings", model.tied},
-            {"bos_token_id", end_of_text},
-            {"eos_token_id", end_of_text},
-            {"resid_pdrop", 0.0},
-            {"embd_pdrop", 0.0},
-            {"attn_pdrop", 0.0},
-            {"torch_dtype", sizeof(floatS) == 8 ? "float64" : "float32"}};
+    return {{"model_type", "gpt2"},        {"architectures", {"GPT2LMHeadModel"}},
+            {"n_layer", model.layers},     {"n_embd", model.channels},
+            {"n_head", model.heads},       {"n_positions", model.context},
+            {"n_ctx", model.context},      {"n_inner", nullptr},
+            {"vocab_size", model.vocab},   {"activation_function", "gelu_new"},
+            {"layer_norm_epsilon", 1e-5},  {"tie_word_embeddings", model.tied},
+            {"bos_token_id", end_of_text}, {"eos_token_id", end_of_text},
+            {"resid_pdrop", 0.0},          {"embd_pdrop", 0.0},
+            {"attn_pdrop", 0.0},           {"torch_dtype", sizeof(floatS) == 8 ? "float64" : "float32"}};
 }
 
-// The sizes of the model in `directory`, a checkpoint of ours or one that transformers saved. A GPT-2 variant that this
-// program would compute differently is refused.
-inline GptConfig read_model_config(const std::string& directory) {
-    const std::string path = directory + "/config.json";
-    const nlohmann::json config = read_json_file(path);
+// The sizes of a model from its config.json. A GPT-2 variant that this program would compute differently is refused.
+inline GptConfig model_config_from(const nlohmann::json& config, const std::string& path) {
     GptConfig model;
     model.layers = json_integer(config, "n_layer", path);
     model.channels = json_integer(config, "n_embd", path);
@@ -92,19 +85,17 @@ inline GptConfig read_model_config(const std::string& directory) {
     model.context = json_integer(config, "n_positions", path);
     model.vocab = json_integer(config, "vocab_size", path);
     for (int64_t size : {model.layers, model.channels, model.heads, model.context, model.vocab})
-        if (size < 1 || size > 1 << 30) throw Failure(EXIT_DATA, path + " has sizes of a model that are not from 1 to 2^30.");
+        if (size < 1 || size > 1 << 30)
+            throw Failure(EXIT_DATA, path + " has sizes of a model that are not from 1 to 2^30.");
     if (model.channels % model.heads != 0)
         throw Failure(EXIT_DATA, path + " has n_embd " + std::to_string(model.channels) + ", no multiple of n_head " +
                                      std::to_string(model.heads) + ".");
     model.padded_vocab = round_up(model.vocab, 64);
     model.tied = !config.contains("tie_word_embeddings") || json_bool(config, "tie_word_embeddings", path);
 
-    const nlohmann::json ours = {{"model_type", "gpt2"},
-                                 {"activation_function", "gelu_new"},
-                                 {"layer_norm_epsilon", 1e-5},
-                                 {"n_inner", nullptr},
-                                 {"scale_attn_weights", true},
-                                 {"scale_attn_by_inverse_layer_idx", false}};
+    const nlohmann::json ours = {{"model_type", "gpt2"},       {"activation_function", "gelu_new"},
+                                 {"layer_norm_epsilon", 1e-5}, {"n_inner", nullptr},
+                                 {"scale_attn_weights", true}, {"scale_attn_by_inverse_layer_idx", false}};
     for (const auto& [key, value] : ours.items()) {
         const nlohmann::json found = config.value(key, value);
         if (found != value && !(key == "n_inner" && found == 4 * model.channels))
@@ -112,6 +103,12 @@ inline GptConfig read_model_config(const std::string& directory) {
                                            "; this program computes GPT-2 with " + json_text(value, -1) + ".");
     }
     return model;
+}
+
+// `directory` is a checkpoint of ours or one that transformers saved.
+inline GptConfig read_model_config(const std::string& directory) {
+    const std::string path = directory + "/config.json";
+    return model_config_from(read_json_file(path), path);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -163,12 +160,14 @@ inline std::vector<std::string> tensor_mismatches(const TensorFiles& files, cons
         const StoredForm form = stored_form(view.config, parameter);
         const auto found = extra.find(prefix + form.name);
         if (found == extra.end()) {
-            lines.push_back(prefix + form.name + ": the model has " + shape_text(form.shape) + ", the file does not have it");
+            lines.push_back(prefix + form.name + ": the model has " + shape_text(form.shape) +
+                            ", the file does not have it");
             continue;
         }
         const TensorInfo& tensor = *found->second.tensor;
         if (tensor.shape != form.shape)
-            lines.push_back(tensor.name + ": the model has " + shape_text(form.shape) + ", the file " + shape_text(tensor.shape));
+            lines.push_back(tensor.name + ": the model has " + shape_text(form.shape) + ", the file " +
+                            shape_text(tensor.shape));
         extra.erase(found);
     }
     if (view.config.tied) extra.erase(prefix + "lm_head.weight");  // compared with wte.weight when that is read
@@ -177,19 +176,49 @@ inline std::vector<std::string> tensor_mismatches(const TensorFiles& files, cons
     return lines;
 }
 
-// Reads the tensors `prefix`<parameter> into the flat buffer; what lies between and beyond them is set to zero, the padded rows
-// of the vocabulary too. The caller has checked that they fit.
-inline void read_tensors(const TensorFiles& files, const CheckpointView& view, const std::string& prefix, floatS* flat) {
-    std::vector<floatS> block;
+// The same for what no shape tells.
+inline std::vector<std::string> config_mismatches(const GptConfig& found, const GptConfig& wanted) {
+    std::vector<std::string> lines;
+    if (found.heads != wanted.heads)
+        lines.push_back("heads: the model has " + std::to_string(wanted.heads) + ", the file " +
+                        std::to_string(found.heads));
+    if (found.tied != wanted.tied)
+        lines.push_back(std::string("head: the model's is ") + (wanted.tied ? "tied to its embedding" : "untied") +
+                        ", the file's is " + (found.tied ? "tied" : "untied"));
+    return lines;
+}
+
+inline void refuse_mismatches(const std::string& path, const std::vector<std::string>& lines) {
+    if (lines.empty()) return;
+    std::string message = "The weights in " + path + " do not fit the model that was asked for:";
+    for (const std::string& line : lines) message += "\n  " + line;
+    throw Failure(EXIT_CONFIG, message + "\nAsk for a model of the sizes in the file, or for other weights.");
+}
+
+// Writes one tensor as it is stored.
+inline void write_tensor(SafetensorsWriter& file, const StoredForm& form, const floatS* tensor) {
+    const int64_t step = rows_per_block(form), columns = form.columns();
+    std::vector<floatS> block(size_t(step * columns));
+    for (int64_t row = 0; row < form.rows(); row += step) {
+        const int64_t count = std::min(step, form.rows() - row);
+        pack_rows(form, tensor, row, count, block.data());
+        file.append(block.data(), count * columns);
+    }
+}
+
+// Reads the tensors `prefix`<parameter>, which fit, into the flat buffer. Everything else in it becomes zero, the
+// padded rows of the vocabulary too.
+inline void read_tensors(const TensorFiles& files, const CheckpointView& view, const std::string& prefix,
+                         floatS* flat) {
     std::fill_n(flat, flat_size(view.parameters), floatS(0));
     for (const Parameter& parameter : view.parameters) {
         const StoredForm form = stored_form(view.config, parameter);
-        const TensorFiles::Place& place = files.all().at(prefix + form.name);
+        const auto& [file, tensor] = files.all().at(prefix + form.name);
         const int64_t step = rows_per_block(form), columns = form.columns();
-        block.resize(size_t(step * columns));
+        std::vector<floatS> block(size_t(step * columns));
         for (int64_t row = 0; row < form.rows(); row += step) {
             const int64_t count = std::min(step, form.rows() - row);
-            place.file->read_range(*place.tensor, row * columns, count * columns, block.data());
+            file->read_range(*tensor, row * columns, count * columns, block.data());
             unpack_rows(form, flat + parameter.offset, row, count, block.data());
         }
     }
@@ -198,20 +227,21 @@ inline void read_tensors(const TensorFiles& files, const CheckpointView& view, c
 // ---------------------------------------------------------------------------------------------------------------------
 // --init-from: a safetensors file, or a directory with model.safetensors or an index and its shards.
 inline std::vector<std::string> huggingface_files(const std::string& path) {
-    namespace fs = std::filesystem;
-    if (!fs::is_directory(path)) return {path};
-    if (fs::exists(path + "/model.safetensors")) return {path + "/model.safetensors"};
+    if (!std::filesystem::is_directory(path)) return {path};
+    if (path_exists(path + "/model.safetensors")) return {path + "/model.safetensors"};
     const std::string index = path + "/model.safetensors.index.json";
-    if (!fs::exists(index))
-        throw Failure(EXIT_DATA, path + " has neither model.safetensors nor model.safetensors.index.json; a model saved "
-                                        "as pytorch_model.bin is converted by transformers' save_pretrained.");
+    if (!path_exists(index))
+        throw Failure(EXIT_DATA, path +
+                                     " has neither model.safetensors nor model.safetensors.index.json; a model saved "
+                                     "as pytorch_model.bin is converted by transformers' save_pretrained.");
     const nlohmann::json contents = read_json_file(index);
     std::set<std::string> names;
     for (const auto& [tensor, file] : json_member(contents, "weight_map", index).items())
         names.insert(as_string(file, index + ", \"" + tensor + "\","));
     std::vector<std::string> paths;
     for (const std::string& name : names) {
-        if (name.find('/') != std::string::npos) throw Failure(EXIT_DATA, index + " names the file " + name + ", outside its directory.");
+        if (name.find('/') != std::string::npos)
+            throw Failure(EXIT_DATA, index + " names the file " + name + ", outside its directory.");
         paths.push_back(path + "/" + name);
     }
     return paths;
@@ -219,20 +249,13 @@ inline std::vector<std::string> huggingface_files(const std::string& path) {
 
 inline void init_from_huggingface(const std::string& path, const CheckpointView& view) {
     const TensorFiles files(huggingface_files(path));
-    std::vector<std::string> lines;
+    std::vector<std::string> lines = tensor_mismatches(files, view);
     const std::filesystem::path given(path);
     const std::string directory = std::filesystem::is_directory(given) ? path : (given.parent_path() / ".").string();
-    if (std::filesystem::exists(directory + "/config.json")) {
-        const GptConfig found = read_model_config(directory);  // no shape tells the number of heads
-        if (found.heads != view.config.heads)
-            lines.push_back("heads: the model has " + std::to_string(view.config.heads) + ", the file " + std::to_string(found.heads));
-    }
-    for (std::string& line : tensor_mismatches(files, view)) lines.push_back(std::move(line));
-    if (!lines.empty()) {
-        std::string message = "The weights in " + path + " do not fit the model (sizes as stored there):";
-        for (const std::string& line : lines) message += "\n  " + line;
-        throw Failure(EXIT_CONFIG, message);
-    }
+    if (path_exists(directory + "/config.json"))
+        for (std::string& line : config_mismatches(read_model_config(directory), view.config))
+            lines.push_back(std::move(line));
+    refuse_mismatches(path, lines);
 
     read_tensors(files, view, "", view.master);
     for (floatS* moments : {view.m, view.v})
@@ -241,14 +264,17 @@ inline void init_from_huggingface(const std::string& path, const CheckpointView&
     // A tied model may be saved with its head, but then the head must be the embedding.
     const auto head = files.all().find("lm_head.weight");
     if (!view.config.tied || head == files.all().end()) return;
-    const floatS* wte = view.master + view.parameters.front().offset;
+    const auto& [file, tensor] = head->second;
     const int64_t columns = view.config.channels;
+    const bool same_shape = tensor->shape == std::vector<int64_t>{view.config.vocab, columns};
     std::vector<floatS> row(size_t(columns), 0);
-    const bool same_shape = head->second.tensor->shape == std::vector<int64_t>{view.config.vocab, columns};
     for (int64_t r = 0; r < view.config.vocab; ++r) {
-        if (same_shape) head->second.file->read_range(*head->second.tensor, r * columns, columns, row.data());
-        if (!same_shape || !std::equal(row.begin(), row.end(), wte + r * columns))
-            throw Failure(EXIT_CONFIG, "The model in " + path + " has a head of its own, which differs from its embedding; "
-                                       "ask for an untied model.");
+        if (same_shape) file->read_range(*tensor, r * columns, columns, row.data());
+        if (!same_shape ||
+            !std::equal(row.begin(), row.end(), view.master + view.parameters.front().offset + r * columns))
+            throw Failure(EXIT_CONFIG,
+                          path +
+                              " has an lm_head.weight that differs from its embedding, wte.weight; ask for "
+                              "an untied model.");
     }
 }

@@ -12,7 +12,8 @@
 
 #include "llmc/io/files.h"
 
-inline constexpr int64_t json_bytes_limit = 100'000'000;  // safetensors' own limit for its header; ours for every JSON file
+inline constexpr int64_t json_bytes_limit =
+    100'000'000;  // safetensors' own limit for its header; ours for every JSON file
 
 // `where` names the text in errors.
 inline nlohmann::json parse_json(std::string_view text, const std::string& where) {
@@ -39,25 +40,41 @@ inline nlohmann::json read_json_file(const std::string& path) {
     return parse_json(read_text_file(path, json_bytes_limit), path);
 }
 
+// Strings that are not UTF-8 (a path in a configuration, say) are written with replacement characters, not refused.
+inline std::string json_text(const nlohmann::json& value, int indent = 2) {
+    return value.dump(indent, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+// For errors: a value that may be megabytes long.
+inline std::string excerpt(const nlohmann::json& value) {
+    const std::string text = json_text(value, -1);
+    return text.size() <= 60 ? text : text.substr(0, 60) + "...";
+}
+
 // Members of a JSON object, by type. Integers are those of the formats read here: never negative.
-inline const nlohmann::json& json_member(const nlohmann::json& object, const std::string& key, const std::string& where) {
+inline const nlohmann::json& json_member(const nlohmann::json& object, const std::string& key,
+                                         const std::string& where) {
     if (!object.is_object() || !object.contains(key)) throw Failure(EXIT_DATA, where + " has no \"" + key + "\".");
     return object.at(key);
 }
 
-inline int64_t as_integer(const nlohmann::json& value, const std::string& where) {
-    if (!value.is_number_unsigned() || value.get<uint64_t>() > uint64_t(std::numeric_limits<int64_t>::max()))
-        throw Failure(EXIT_DATA, where + " has " + value.dump() + " where an integer from 0 to 2^63 - 1 belongs.");
-    return value.get<int64_t>();
+template <class Integer = int64_t>
+Integer as_integer(const nlohmann::json& value, const std::string& where) {
+    constexpr Integer largest = std::numeric_limits<Integer>::max();
+    if (!value.is_number_unsigned() || value.get<uint64_t>() > uint64_t(largest))
+        throw Failure(EXIT_DATA, where + " has " + excerpt(value) + " where an integer from 0 to " +
+                                     std::to_string(largest) + " belongs.");
+    return value.get<Integer>();
 }
 
 inline std::string as_string(const nlohmann::json& value, const std::string& where) {
-    if (!value.is_string()) throw Failure(EXIT_DATA, where + " has " + value.dump() + " where a string belongs.");
+    if (!value.is_string()) throw Failure(EXIT_DATA, where + " has " + excerpt(value) + " where a string belongs.");
     return value.get<std::string>();
 }
 
-inline int64_t json_integer(const nlohmann::json& object, const std::string& key, const std::string& where) {
-    return as_integer(json_member(object, key, where), where + ", \"" + key + "\",");
+template <class Integer = int64_t>
+Integer json_integer(const nlohmann::json& object, const std::string& key, const std::string& where) {
+    return as_integer<Integer>(json_member(object, key, where), where + ", \"" + key + "\",");
 }
 
 inline std::string json_string(const nlohmann::json& object, const std::string& key, const std::string& where) {
@@ -67,11 +84,6 @@ inline std::string json_string(const nlohmann::json& object, const std::string& 
 inline bool json_bool(const nlohmann::json& object, const std::string& key, const std::string& where) {
     const nlohmann::json& value = json_member(object, key, where);
     if (!value.is_boolean())
-        throw Failure(EXIT_DATA, where + ", \"" + key + "\", has " + value.dump() + " where true or false belongs.");
+        throw Failure(EXIT_DATA, where + ", \"" + key + "\", has " + excerpt(value) + " where true or false belongs.");
     return value.get<bool>();
-}
-
-// Strings that are not UTF-8 (a path in a configuration, say) are written with replacement characters, not refused.
-inline std::string json_text(const nlohmann::json& value, int indent = 2) {
-    return value.dump(indent, ' ', false, nlohmann::json::error_handler_t::replace);
 }

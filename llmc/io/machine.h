@@ -50,7 +50,7 @@ inline int64_t resident_bytes() {
 }
 
 // Cores that this process may use: its affinity mask, or what the control group's quota amounts to, at least one.
-inline int available_cores() {
+inline int usable_threads() {
     cpu_set_t set;
     int cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
     double quota = 0, period = 0;

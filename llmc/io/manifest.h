@@ -8,7 +8,10 @@
 #include <string>
 #include <vector>
 
+#include <omp.h>
+
 #include "llmc/cpu.h"
+#include "llmc/io/huggingface.h"
 #include "llmc/io/json.h"
 #include "llmc/model/gpt.h"
 
@@ -17,7 +20,6 @@ struct TrainingState {
     int64_t step = 0;          // steps done
     int64_t sample_index = 0;  // global index of the first sample not yet trained on
     uint64_t seed = 0;         // key of the counter-based random numbers
-    int threads = 1;           // OpenMP threads, part of what decides the bits of a sum
     std::string tokenizer;
     int64_t end_of_text = 0;    // its token
     std::string configuration;  // effective configuration, as TOML text
@@ -31,12 +33,12 @@ struct Manifest {
     TrainingState state;
     GptConfig model;
     std::map<std::string, std::string> environment;  // what the bits of a sum depend on
-    std::map<std::string, FileRecord> files;
+    std::map<std::string, FileRecord> files{};
     nlohmann::json tensors = nlohmann::json::array();  // name, file, dtype, global shape, offset in it, bytes
 };
 
 // Equal environments compute equal bits.
-inline std::map<std::string, std::string> current_environment(int threads) {
+inline std::map<std::string, std::string> current_environment() {
     static const std::string binary = record_of("/proc/self/exe").hash;
     static const std::string cpu = [] {
         std::ifstream file("/proc/cpuinfo");
@@ -48,7 +50,7 @@ inline std::map<std::string, std::string> current_environment(int threads) {
             {"cpu", cpu},
             {"instructions", isa_name(cpu_isa())},
             {"precision", PRECISION_NAME},
-            {"threads", std::to_string(threads)}};
+            {"threads", std::to_string(omp_get_max_threads())}};
 }
 
 inline constexpr const char* manifest_name = "manifest.json";
@@ -56,24 +58,16 @@ inline constexpr const char* manifest_format = "helixtrain checkpoint 1";
 
 inline void write_manifest(const std::string& directory, const Manifest& manifest) {
     const TrainingState& state = manifest.state;
-    const GptConfig& model = manifest.model;
     nlohmann::json contents = {{"format", manifest_format},
                                {"step", state.step},
                                {"sample_index", state.sample_index},
                                {"seed", state.seed},
-                               {"threads", state.threads},
                                {"tokenizer", state.tokenizer},
                                {"end_of_text", state.end_of_text},
                                {"configuration", state.configuration},
                                {"schedule", state.schedule},
                                {"extra", state.extra},
-                               {"model",
-                                {{"layers", model.layers},
-                                 {"channels", model.channels},
-                                 {"heads", model.heads},
-                                 {"context", model.context},
-                                 {"vocab", model.vocab},
-                                 {"tied", model.tied}}},
+                               {"model", huggingface_config(manifest.model, state.end_of_text)},
                                {"environment", manifest.environment},
                                {"tensors", manifest.tensors}};
     for (const auto& [name, record] : manifest.files)
@@ -89,7 +83,8 @@ inline Manifest read_manifest(const std::string& directory) {
     nlohmann::json contents = read_json_file(path);
     const std::string format = json_string(contents, "format", path), hash = json_string(contents, "xxh3_128", path);
     if (format != manifest_format)
-        throw Failure(EXIT_DATA, path + " has the format \"" + format + "\"; this program reads \"" + manifest_format + "\".");
+        throw Failure(EXIT_DATA,
+                      path + " has the format \"" + format + "\"; this program reads \"" + manifest_format + "\".");
     contents.erase("xxh3_128");
     if (hash_of(json_text(contents, -1)) != hash)
         throw Failure(EXIT_DATA, path + " does not have the contents that its hash was made of.");
@@ -98,27 +93,21 @@ inline Manifest read_manifest(const std::string& directory) {
     TrainingState& state = manifest.state;
     state.step = json_integer(contents, "step", path);
     state.sample_index = json_integer(contents, "sample_index", path);
-    state.seed = json_member(contents, "seed", path).get<uint64_t>();
-    state.threads = int(json_integer(contents, "threads", path));
+    state.seed = json_integer<uint64_t>(contents, "seed", path);
     state.tokenizer = json_string(contents, "tokenizer", path);
     state.end_of_text = json_integer(contents, "end_of_text", path);
     state.configuration = json_string(contents, "configuration", path);
     state.schedule = json_member(contents, "schedule", path);
     state.extra = json_member(contents, "extra", path);
 
-    const nlohmann::json& model = json_member(contents, "model", path);
-    manifest.model.layers = json_integer(model, "layers", path);
-    manifest.model.channels = json_integer(model, "channels", path);
-    manifest.model.heads = json_integer(model, "heads", path);
-    manifest.model.context = json_integer(model, "context", path);
-    manifest.model.vocab = json_integer(model, "vocab", path);
-    manifest.model.padded_vocab = round_up(manifest.model.vocab, 64);
-    manifest.model.tied = json_bool(model, "tied", path);
-
+    manifest.model = model_config_from(json_member(contents, "model", path), path);
     for (const auto& [name, value] : json_member(contents, "environment", path).items())
         manifest.environment[name] = as_string(value, path);
-    for (const auto& [name, file] : json_member(contents, "files", path).items())
+    for (const auto& [name, file] : json_member(contents, "files", path).items()) {
+        if (name.find('/') != std::string::npos)
+            throw Failure(EXIT_DATA, path + " names the file " + name + ", outside its directory.");
         manifest.files[name] = {json_integer(file, "bytes", path), json_string(file, "xxh3_128", path)};
+    }
     manifest.tensors = json_member(contents, "tensors", path);
     return manifest;
 }

@@ -32,13 +32,14 @@ struct TensorInfo {
 // Bytes an element, 0 for a type that the format does not have.
 inline int64_t dtype_bytes(const std::string& dtype) {
     static const std::unordered_map<std::string, int64_t> table = {
-        {"BOOL", 1}, {"U8", 1},   {"I8", 1},   {"F8_E5M2", 1}, {"F8_E4M3", 1}, {"I16", 2}, {"U16", 2}, {"F16", 2},
-        {"BF16", 2}, {"I32", 4},  {"U32", 4},  {"F32", 4},     {"I64", 8},     {"U64", 8}, {"F64", 8}};
+        {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E5M2", 1}, {"F8_E4M3", 1}, {"I16", 2}, {"U16", 2}, {"F16", 2},
+        {"BF16", 2}, {"I32", 4}, {"U32", 4}, {"F32", 4},     {"I64", 8},     {"U64", 8}, {"F64", 8}};
     const auto found = table.find(dtype);
     return found == table.end() ? 0 : found->second;
 }
 
-template <class T> constexpr const char* dtype_of() {
+template <class T>
+constexpr const char* dtype_of() {
     if constexpr (std::is_same_v<T, double>) return "F64";
     else if constexpr (std::is_same_v<T, float>) return "F32";
     else return "BF16";
@@ -102,10 +103,11 @@ public:
     }
 
     // Elements [first, first + count) of a tensor, converted to float or double.
-    template <class T> void read_range(const TensorInfo& tensor, int64_t first, int64_t count, T* out) const {
+    template <class T>
+    void read_range(const TensorInfo& tensor, int64_t first, int64_t count, T* out) const {
         if (first < 0 || count < 0 || first > tensor.elements() - count)
-            throw std::logic_error("elements " + std::to_string(first) + " + " + std::to_string(count) + " are not in " +
-                                   tensor.name + " " + shape_text(tensor.shape));
+            throw std::logic_error("elements " + std::to_string(first) + " + " + std::to_string(count) +
+                                   " are not in " + tensor.name + " " + shape_text(tensor.shape));
         const int64_t at = data_begin + tensor.begin + first * dtype_bytes(tensor.dtype);
         if (tensor.dtype == dtype_of<T>()) file.read(at, out, size_t(count) * sizeof(T));
         else if (tensor.dtype == "F32") convert<float>(at, count, out, [](float x) { return x; });
@@ -113,7 +115,9 @@ public:
         else if (tensor.dtype == "F16") convert<uint16_t>(at, count, out, half_to_float);
         else if (tensor.dtype == "BF16")
             convert<uint16_t>(at, count, out, [](uint16_t x) { return std::bit_cast<float>(uint32_t(x) << 16); });
-        else refuse("has tensor \"" + tensor.name + "\" as " + tensor.dtype + "; F64, F32, F16 and BF16 can be read as numbers");
+        else
+            refuse("has tensor \"" + tensor.name + "\" as " + tensor.dtype +
+                   "; F64, F32, F16 and BF16 can be read as numbers");
     }
 
 private:
@@ -125,7 +129,8 @@ private:
         TensorInfo tensor{name, json_string(entry, "dtype", where), {}, 0, 0};
         int64_t bytes = dtype_bytes(tensor.dtype);
         if (bytes == 0) refuse("has tensor \"" + name + "\" of the unknown type \"" + tensor.dtype + "\"");
-        const nlohmann::json &shape = json_member(entry, "shape", where), &offsets = json_member(entry, "data_offsets", where);
+        const nlohmann::json &shape = json_member(entry, "shape", where),
+                             &offsets = json_member(entry, "data_offsets", where);
         if (!shape.is_array() || !offsets.is_array() || offsets.size() != 2)
             refuse("has tensor \"" + name + "\" whose shape is no list or whose data_offsets are not two numbers");
         for (const nlohmann::json& dimension : shape) {
@@ -163,14 +168,13 @@ private:
 // The header comes first, from the list of tensors; then their elements are appended in that order, in any portions.
 class SafetensorsWriter {
 public:
-    // Sets begin and end of each tensor.
-    SafetensorsWriter(const std::string& path, std::vector<TensorInfo>& tensors) : file(path) {
+    SafetensorsWriter(const std::string& path, const std::vector<TensorInfo>& tensors) : file(path) {
         nlohmann::json header = {{"__metadata__", {{"format", "pt"}}}};  // older transformers insist on it
-        for (TensorInfo& tensor : tensors) {
-            tensor.begin = remaining;
-            tensor.end = remaining += tensor.elements() * dtype_bytes(tensor.dtype);
+        for (const TensorInfo& tensor : tensors) {
+            const int64_t begin = remaining;
+            remaining += tensor.elements() * dtype_bytes(tensor.dtype);
             header[tensor.name] = {
-                {"dtype", tensor.dtype}, {"shape", tensor.shape}, {"data_offsets", {tensor.begin, tensor.end}}};
+                {"dtype", tensor.dtype}, {"shape", tensor.shape}, {"data_offsets", {begin, remaining}}};
         }
         std::string text = json_text(header, -1);
         text.resize(size_t(round_up(int64_t(text.size()), 8)), ' ');  // the data begins aligned
@@ -179,7 +183,8 @@ public:
         file.append(text.data(), text.size());
     }
 
-    template <class T> void append(const T* values, int64_t count) {
+    template <class T>
+    void append(const T* values, int64_t count) {
         remaining -= count * int64_t(sizeof(T));
         file.append(values, size_t(count) * sizeof(T));
     }

@@ -17,7 +17,7 @@
 #include <thread>
 
 class Signals {
-   public:
+public:
     std::atomic<bool> checkpoint_wanted = false, stop_wanted = false;
 
     // Call before the first thread is made, since threads inherit the mask. `status` names the current op.
@@ -34,7 +34,7 @@ class Signals {
         pthread_sigmask(SIG_UNBLOCK, &set_, nullptr);
     }
 
-   private:
+private:
     static constexpr int wake_ = SIGWINCH;  // ignored by default, so nobody else sends it to a trainer in earnest
     sigset_t set_;
     std::function<std::string()> status_;
@@ -47,7 +47,8 @@ class Signals {
             if (signal == SIGUSR1) checkpoint_wanted = true;
             if (signal != SIGUSR2 && signal != SIGTERM && signal != SIGINT) continue;
             if (stop_wanted.exchange(true) && signal != SIGUSR2) _exit(128 + signal);
-            std::fprintf(stderr, "signal %d: checkpoint after this step, then exit 75; once more to exit now\n", signal);
+            std::fprintf(stderr, "signal %d: checkpoint after this step, then exit 75; once more to exit now\n",
+                         signal);
         }
     }
 };

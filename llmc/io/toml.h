@@ -11,8 +11,8 @@
 
 struct TomlEntry {
     int line;
-    std::string table, key;              // [table] or table.key = ...; empty for a flat key
-    std::vector<std::string> values;     // one value, or the elements of an array
+    std::string table, key;           // [table] or table.key = ...; empty for a flat key
+    std::vector<std::string> values;  // one value, or the elements of an array
 };
 
 inline std::string toml_quote(const std::string& text) {

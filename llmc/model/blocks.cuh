@@ -12,6 +12,7 @@
 // of rows at a time: --mlp-chunk bounds the [n, 4C] tensors and --head-chunk the [n, Vp] ones (HelixPipe, chunked MLP).
 #pragma once
 
+#include <optional>
 #include <span>
 #include <type_traits>
 
@@ -159,9 +160,9 @@ inline void post_attention_hidden(const BlockContext& ctx, const LayerTensors<fl
     matmul_forward(ctx.device, a.gelu, a.ln2, {w.fc_weight, 4 * C, C}, w.fc_bias, Activation::gelu, a.fc);
 }
 
-// `kept` is where mode `none` keeps the activations for the backward pass, null in the other modes.
+// `kept` is where mode `none` keeps the activations for the backward pass; the other modes have none.
 inline void post_attention_forward(BlockContext ctx, const LayerTensors<floatX>& w, Matrix<floatR> y /*[N, C]*/,
-                                   const PostActivations* kept, Matrix<const floatR> x, Matrix<const floatX> o) {
+                                   const std::optional<PostActivations>& kept, Matrix<const floatR> x, Matrix<const floatX> o) {
     const int64_t N = x.rows, C = ctx.config.channels;
     const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
     for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
@@ -182,7 +183,7 @@ inline Matrix<const floatX> as_product_operand(const Device& device, Matrix<floa
 
 inline void post_attention_backward(BlockContext ctx, const LayerTensors<floatX>& w, const LayerTensors<floatS>& dw,
                                     Matrix<floatR> d_residual, Matrix<floatX> d_out /*[N, C]*/,
-                                    const PostActivations* kept, Matrix<const floatR> x, Matrix<const floatX> o) {
+                                    const std::optional<PostActivations>& kept, Matrix<const floatR> x, Matrix<const floatX> o) {
     const int64_t N = x.rows, C = ctx.config.channels;
     const Device& device = ctx.device;
     const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);

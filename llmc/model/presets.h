@@ -9,7 +9,7 @@
 struct Preset {
     const char* name;
     int64_t layers, channels, heads, context;
-    const char* tokenizer;    // what the sizes were made for, used unless --tokenizer says otherwise
+    const char* tokenizer;  // what the sizes were made for, used unless --tokenizer says otherwise
 };
 
 // "custom" leaves every size to the flags, or to the model that --init-from names.

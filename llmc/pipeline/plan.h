@@ -24,6 +24,7 @@ struct PlacedUse {
 struct Plan {
     std::vector<Op> ops;
     std::vector<ChunkShape> chunks;
+    bool training;
     std::vector<std::vector<PlacedUse>> memory;  // [op][use]
     ArenaSize size;
 };
@@ -67,7 +68,7 @@ inline void check_complete(const std::vector<Op>& ops, int layers, int chunks, b
 inline Plan make_plan(std::vector<Op> ops, std::vector<ChunkShape> chunks, const GptConfig& g, Recompute recompute,
                       bool training) {
     check_complete(ops, int(g.layers), int(chunks.size()), training);
-    Plan plan{std::move(ops), std::move(chunks), {}, {}};
+    Plan plan{std::move(ops), std::move(chunks), training, {}, {}};
     std::vector<Lifetime> lifetimes;
     std::map<std::tuple<Tensor, int, int>, size_t> alive;  // the latest lifetime of each tensor
     std::vector<std::vector<size_t>> used(plan.ops.size());

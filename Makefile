@@ -1,0 +1,85 @@
+# make, make run, make test: `make help` lists the rest. Programs are built into build/DEVICE-PRECISION, and ./train_gpt
+# and ./test_gpt are links to those built last. One file is one program: all else is in headers.
+
+DEVICE    ?= cpu
+PRECISION ?= fp32
+# A directory of header-only libraries (CLI/, nlohmann/, xxhash.h), for machines where no package can be installed.
+DEPS      ?=
+CXX       ?= g++
+
+PRECISION_fp32 := -DPRECISION_FP32
+PRECISION_bf16 := -DPRECISION_BF16
+PRECISION_fp64 := -DPRECISION_FP64
+ifneq ($(DEVICE),cpu)
+$(error DEVICE=$(DEVICE) is not supported, use DEVICE=cpu)
+endif
+ifndef PRECISION_$(PRECISION)
+$(error PRECISION=$(PRECISION) is not supported, use fp32, bf16 or fp64)
+endif
+
+# Built for AVX2 and FMA; wider kernels carry a target attribute and are chosen when the program starts.
+BASE      := -std=c++20 -march=x86-64-v3 -fopenmp -ffp-contract=fast -Wall -Wextra -I. $(DEPS:%=-isystem %) -MMD -MP
+CXXFLAGS  ?= -O3
+BUILD     := build/$(DEVICE)-$(PRECISION)
+COMPILE    = @mkdir -p $(@D) && echo "  build  $@" && $(CXX) $(BASE) -MF $@.d
+
+UNIT_TESTS := $(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/*_test.cpp))
+FUZZ_TESTS := $(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/fuzz_*.cpp))
+BENCHMARKS := $(patsubst dev/bench/%.cpp,build/bench/%,$(wildcard dev/bench/*.cpp))
+SOURCES    := $(wildcard *.cu llmc/*.h llmc/*/*.h llmc/*/*/*.h llmc/*/*.cuh dev/tests/*.cpp dev/tests/*.h dev/bench/*.cpp dev/bench/*.h)
+
+.PHONY: all run test bench tests format check-format tidy clean help
+.DELETE_ON_ERROR:
+
+all: train_gpt test_gpt  ## build ./train_gpt and ./test_gpt (PRECISION=fp32|bf16|fp64, DEPS=DIR)
+
+run:  ## set up, build, make a corpus of /usr/include, train `tiny` for a minute, sample text
+	@scripts/setup.sh
+	@$(MAKE) --no-print-directory train_gpt
+	@scripts/run_demo.sh
+
+test:  ## set up, build, run every test; the last line reads `N passed, N failed`
+	@scripts/setup.sh --test
+	@$(MAKE) --no-print-directory PRECISION=bf16 build/$(DEVICE)-bf16/train_gpt build/$(DEVICE)-bf16/test_gpt
+	@$(MAKE) --no-print-directory PRECISION=fp64 build/$(DEVICE)-fp64/test_gpt
+	@$(MAKE) --no-print-directory all tests
+	@scripts/run_tests.sh
+
+bench:  ## set up (a current PyTorch, too) and build the benchmarks into build/bench
+	@scripts/setup.sh --bench
+	@$(MAKE) --no-print-directory train_gpt $(BENCHMARKS)
+
+tests: $(UNIT_TESTS) $(FUZZ_TESTS)
+
+train_gpt test_gpt: %: $(BUILD)/% FORCE
+	@ln -sfn $< $@
+
+$(BUILD)/%: %.cu
+	$(COMPILE) $(CXXFLAGS) $(PRECISION_$(PRECISION)) -x c++ $< -o $@
+
+build/tests/fuzz_%: dev/tests/fuzz_%.cpp
+	$(COMPILE) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DPRECISION_FP32 $< -o $@
+
+build/tests/%: dev/tests/%.cpp
+	$(COMPILE) -O2 -DPRECISION_FP32 $< -o $@ -lgtest -lgtest_main -pthread
+
+build/bench/%: dev/bench/%.cpp
+	$(COMPILE) $(CXXFLAGS) $(PRECISION_$(PRECISION)) $< -o $@
+
+FORCE:
+-include $(wildcard build/*/*.d)
+
+format:  ## clang-format everything in place
+	clang-format -i $(SOURCES)
+
+check-format:  ## fail if `make format` would change something
+	clang-format --dry-run --Werror $(SOURCES)
+
+tidy:  ## clang-tidy with the list in .clang-tidy (apt-get install clang-tidy)
+	clang-tidy --quiet train_gpt.cu -- -x c++ $(filter-out -M%,$(BASE)) -DPRECISION_FP32
+
+clean:  ## delete what was built; the Python environments, slow to make, stay
+	rm -rf train_gpt test_gpt $(filter-out build/venv%,$(wildcard build/*))
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 16

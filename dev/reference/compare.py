@@ -1,0 +1,169 @@
+"""Our binary against gpt.py, tensor by tensor. A case is a directory with case.json (model, sequences, optimizer and
+layout) and weights.safetensors; `./test_gpt dump DIR` and `reference` below turn it into tensors of the same names:
+
+    loss, head.losses                         mean over the targets; one for each token
+    embed, pre.0.qkv, attention.0.out, ...    the borders, sequence after sequence, whatever the chunks were
+    d.embed, d.pre.0.qkv, ...                 gradients at the borders
+    grad.NAME, weight.NAME                    of each parameter; weights after case["steps"] AdamW steps on the same batch
+
+`python3 dev/reference/compare.py DIR` prints every tensor's error for a case that is there.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpt import GPT, Config, adamw, parameter_groups, token_losses
+from tensor_file import read_tensors, write_tensors
+
+ROOT = Path(__file__).resolve().parents[2]
+# largest relative error, norm-wise, that fp32 may have
+BOUNDS = {"loss": 1e-6, "border": 1e-5, "border gradient": 1e-5, "gradient": 1e-5, "key bias": 1e-5, "weight": 1e-4}
+
+
+def kind_of(name):
+    if name == "loss":
+        return "loss"
+    if name.endswith(".key_bias"):
+        return "key bias"
+    return {"grad": "gradient", "weight": "weight", "d": "border gradient"}.get(name.split(".")[0], "border")
+
+
+def perturbed_weights(config, seed):
+    """GPT-2's initial values with normal noise of sigma 0.1 on every element: zeros would hide missing terms."""
+    random = np.random.default_rng(seed)
+    weights = {}
+    for name, parameter in GPT(config).named_parameters():
+        base = 1.0 if ".ln_" in name and name.endswith("weight") or name == "ln_f.weight" else 0.0
+        weights[name] = (base + 0.1 * random.standard_normal(tuple(parameter.shape))).astype(np.float32)
+    return weights
+
+
+def load_model(case, weights, dtype):
+    model = GPT(Config(**case["model"])).to(dtype)
+    model.load_state_dict({name: torch.tensor(array, dtype=dtype) for name, array in weights.items()})
+    return model
+
+
+def batch_of(case):
+    sequences = case["sequences"]
+    flatten = lambda key: torch.tensor([t for sequence in sequences for t in sequence[key]])
+    return flatten("tokens"), flatten("targets"), [len(sequence["tokens"]) for sequence in sequences]
+
+
+def gradients(case, weights, dtype=torch.float64, autocast=False):
+    """Loss, borders and every gradient of one step."""
+    tokens, targets, lengths = batch_of(case)
+    model, borders = load_model(case, weights, dtype), {}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = model(tokens, lengths, borders)
+    losses = token_losses(logits.to(dtype), targets)
+    loss = losses.sum() / (targets != -1).sum()
+    loss.backward()
+    tensors = {"loss": loss, "head.losses": losses}
+    tensors.update(borders)
+    tensors.update({f"d.{name}": border.grad for name, border in borders.items()})
+    tensors.update({f"grad.{name}": parameter.grad for name, parameter in model.named_parameters()})
+    return {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
+
+
+def trained_weights(case, weights, dtype=torch.float64):
+    """Weights after case["steps"] steps of torch.optim.AdamW with clipping."""
+    tokens, targets, lengths = batch_of(case)
+    model = load_model(case, weights, dtype)
+    groups = parameter_groups(model, case["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, lr=case["lr"], betas=(case["beta1"], case["beta2"]), eps=case["eps"])
+    for _ in range(case["steps"]):
+        optimizer.zero_grad()
+        (token_losses(model(tokens, lengths), targets).sum() / (targets != -1).sum()).backward()
+        if case["clip"] > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), case["clip"])
+        optimizer.step()
+    return {f"weight.{name}": p.detach().double().numpy() for name, p in model.named_parameters()}
+
+
+def optimized_weights(case, weights, steps):
+    """Weights after AdamW in closed form, fed the gradients of each step: `steps` is a list of {name: array}."""
+    result = {}
+    for name, start in weights.items():
+        w = torch.tensor(start, dtype=torch.float64)
+        m, v = torch.zeros_like(w), torch.zeros_like(w)
+        decay = case["weight_decay"] if w.dim() == 2 else 0.0
+        for step, grads in enumerate(steps, 1):
+            g = torch.tensor(grads[name], dtype=torch.float64)
+            adamw(w, g, m, v, step, case["lr"], case["beta1"], case["beta2"], case["eps"], decay)
+        result[f"weight.{name}"] = w.numpy()
+    return result
+
+
+def reference(case, weights, dtype=torch.float64):
+    return {**gradients(case, weights, dtype), **trained_weights(case, weights, dtype)}
+
+
+def write_case(directory, case, weights):
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "case.json").write_text(json.dumps(case))
+    write_tensors(directory / "weights.safetensors", weights)
+
+
+def run_ours(directory, mode="dump", binary=ROOT / "test_gpt"):
+    """`HELIXTRAIN_ISA` in the environment chooses the kernels."""
+    assert os.access(binary, os.X_OK), f"{binary} is missing: build it with `make {os.path.relpath(binary, ROOT)}`"
+    done = subprocess.run([str(binary), mode, str(directory)], capture_output=True, text=True)
+    assert done.returncode == 0, f"{binary} {mode} {directory} exited {done.returncode}:\n{done.stdout}{done.stderr}"
+    return read_tensors(Path(directory) / "ours.safetensors")
+
+
+def relative_error(ours, wanted):
+    """Norm of the difference over the norm of what is wanted; infinite where a value is not finite or shapes differ."""
+    if ours.shape != wanted.shape or not (np.isfinite(ours).all() and np.isfinite(wanted).all()):
+        return float("inf")
+    difference, norm = np.linalg.norm(ours.astype(np.float64) - wanted), np.linalg.norm(wanted)
+    return float(difference / norm) if norm > 0 else float(difference > 0) * float("inf") if difference else 0.0
+
+
+def without_key_bias(array):  # [3C] -> [2C]
+    return np.delete(array, np.s_[len(array) // 3 : 2 * len(array) // 3])
+
+
+def compare(ours, wanted):
+    """Relative error of each tensor, by name. The gradient of the keys' bias is zero in exact arithmetic (it moves all
+    scores of a query alike) and AdamW blows up its rounding: it has to be small, and its weights are left out."""
+    assert ours.keys() == wanted.keys(), f"only one side has {sorted(ours.keys() ^ wanted.keys())}"
+    errors = {}
+    for name, target in wanted.items():
+        values = ours[name]
+        if name.startswith("weight.") and name.endswith("c_attn.bias"):
+            values, target = without_key_bias(values), without_key_bias(target)
+        errors[name] = relative_error(values, target)
+        if name.startswith("grad.") and name.endswith("c_attn.bias"):
+            keys = values[len(values) // 3 : 2 * len(values) // 3]
+            errors[f"{name}.key_bias"] = float(np.linalg.norm(keys) / np.linalg.norm(values))
+    return errors
+
+
+def worst(errors):
+    """{kind: (name, error)} of the largest error of each kind."""
+    found = {}
+    for name, error in errors.items():
+        if not error <= found.get(kind_of(name), ("", -1.0))[1]:
+            found[kind_of(name)] = (name, error)
+    return found
+
+
+def main():
+    directory = Path(sys.argv[1])
+    case, weights = json.loads((directory / "case.json").read_text()), read_tensors(directory / "weights.safetensors")
+    exact = reference(case, weights)
+    errors, torch_errors = compare(run_ours(directory), exact), compare(reference(case, weights, torch.float32), exact)
+    print(f"{'relative error against fp64':40} {'ours':>8} {'torch':>8} {'bound':>8}")
+    for name, error in errors.items():
+        print(f"{name:40} {error:8.1e} {torch_errors[name]:8.1e} {BOUNDS[kind_of(name)]:8.0e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""train_gpt's arithmetic against PyTorch, live: loss, every tensor at the borders of the five functions, every gradient,
+weights after ten AdamW steps, for models and batches of awkward sizes, each in every recompute mode, chunked and whole.
+
+Both sides are measured against gpt.py in float64, so that one sees whose error it is; ours is also compared with
+PyTorch's fp32 directly.
+"""
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "dev" / "reference"))
+import compare as harness  # noqa: E402
+from gpt import Config  # noqa: E402
+from tensor_file import write_tensors  # noqa: E402
+
+
+def case(layers, channels, heads, vocab, tied, lengths, chunk_tokens, ignored=0.0, weight_decay=0.0, clip=0.0):
+    """`chunk_tokens` lists the chunk sizes to try: sequences that are longer become slices. `ignored` is the share of
+    targets set to -1."""
+    random = np.random.default_rng([layers, channels, vocab, sum(lengths)])
+    sequences = []
+    for length in lengths:
+        targets = random.integers(vocab, size=length)
+        targets[random.random(length) < ignored] = -1
+        sequences.append({"tokens": random.integers(vocab, size=length).tolist(), "targets": targets.tolist()})
+    model = dict(layers=layers, channels=channels, heads=heads, context=max(lengths) + 3, vocab=vocab, tied=tied)
+    optimizer = dict(steps=10, lr=1e-3, eps=1e-8, beta1=0.9, beta2=0.95, weight_decay=weight_decay, clip=clip)
+    return dict(model=model, sequences=sequences, threads=2, **optimizer), chunk_tokens
+
+
+CASES = {
+    "one sequence, slices": case(1, 24, 3, 61, True, [17], [17, 5]),
+    "one head of 33, one-token segments": case(1, 33, 1, 50, False, [13, 1, 7, 1, 1], [23, 8]),
+    "mostly one-token segments": case(1, 32, 2, 40, True, [1, 1, 1, 6, 1, 1], [11, 3]),
+    "odd channels, seven heads": case(3, 21, 7, 97, True, [9, 5, 3, 9], [26, 9, 4], weight_decay=0.1),
+    "packed documents, ignored targets": case(3, 40, 5, 130, True, [31, 1, 2, 64, 9], [107, 33], ignored=0.3, clip=1.0),
+    "last slice of one token": case(3, 48, 3, 64, False, [95], [95, 47], weight_decay=0.1, clip=0.5),
+    "heads of 64": case(1, 192, 3, 257, True, [130, 129, 1], [260, 64], clip=1.0),
+    "head of 128": case(3, 128, 1, 101, False, [70, 33], [103, 50], ignored=0.1),
+    "equal windows": case(3, 64, 4, 256, False, [32] * 4, [128, 32, 10], weight_decay=0.1, clip=1.0),
+    "long and short": case(3, 96, 6, 256, True, [257, 3, 78, 1, 150], [257, 100], ignored=0.2, weight_decay=0.1),
+}
+RECOMPUTE = ["none", "without-attention", "full"]
+CHUNKS = [{"mlp_chunk": 0, "head_chunk": 0}, {"mlp_chunk": 7, "head_chunk": 5}]
+
+
+def show(capsys, text):
+    with capsys.disabled():
+        print(text, flush=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_pytorch(name, tmp_path, capsys):
+    base, chunk_sizes = CASES[name]
+    weights = harness.perturbed_weights(Config(**base["model"]), seed=1)
+    exact, torch32 = harness.reference(base, weights), harness.reference(base, weights, torch.float32)
+    against_exact, against_torch = {}, {}
+    for recompute, chunks, chunk_tokens in product(RECOMPUTE, CHUNKS, chunk_sizes):
+        layout = dict(base, recompute=recompute, chunk_tokens=chunk_tokens, **chunks)
+        harness.write_case(tmp_path, layout, weights)
+        ours = harness.run_ours(tmp_path)
+        for errors, wanted in (against_exact, exact), (against_torch, torch32):
+            for tensor, error in harness.compare(ours, wanted).items():
+                errors[tensor] = max(errors.get(tensor, 0.0), error)
+
+    ours, theirs, between = map(harness.worst, (against_exact, harness.compare(torch32, exact), against_torch))
+    show(capsys, f"\n{name}: largest relative error of {len(exact)} tensors in {6 * len(chunk_sizes)} layouts")
+    for kind, bound in harness.BOUNDS.items():
+        tensor, error = ours[kind]
+        show(
+            capsys,
+            f"  {kind:15} bound {bound:.0e}: ours to fp64 {error:.1e}, PyTorch to fp64 {theirs[kind][1]:.1e}, "
+            f"ours to PyTorch {between[kind][1]:.1e}  ({tensor})",
+        )
+    for kind, bound in harness.BOUNDS.items():
+        assert ours[kind][1] <= bound, f"{kind} of {ours[kind][0]} against float64"
+        assert between[kind][1] <= bound, f"{kind} of {between[kind][0]} against PyTorch's fp32"
+
+
+def test_adamw_fed_identical_gradients(tmp_path, capsys):
+    """Gradients over nine decades, some of them zero, so that eps and the bias corrections show."""
+    base = dict(CASES["odd channels, seven heads"][0], eps=1e-6, weight_decay=0.1)
+    weights = harness.perturbed_weights(Config(**base["model"]), seed=2)
+    random = np.random.default_rng(3)
+    steps = []
+    for _ in range(base["steps"]):
+        draw = lambda shape: random.standard_normal(shape) * 10.0 ** random.uniform(-9, 0, shape)
+        steps.append({n: (draw(w.shape) * (random.random(w.shape) > 0.1)).astype(np.float32) for n, w in weights.items()})
+    harness.write_case(tmp_path, dict(base, recompute="none", chunk_tokens=64, mlp_chunk=0, head_chunk=0), weights)
+    write_tensors(
+        tmp_path / "gradients.safetensors", {f"{t}.{n}": g for t, step in enumerate(steps, 1) for n, g in step.items()}
+    )
+    wanted, ours = harness.optimized_weights(base, weights, steps), harness.run_ours(tmp_path, "adamw")
+    errors = {name: harness.relative_error(ours[name], array) for name, array in wanted.items()}
+    moved = {
+        name: harness.relative_error(ours[name] - weights[name[7:]], array - weights[name[7:]])
+        for name, array in wanted.items()
+    }
+    show(capsys, f"\nAdamW, identical gradients: bound 1e-06: {max(errors.values()):.1e} of the weights, "
+                 f"{max(moved.values()):.1e} of their change")
+    assert max(errors.values()) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["packed documents, ignored targets", "heads of 64", "long and short"])
+def test_bf16_against_autocast(name, tmp_path, capsys):
+    """Our bf16 build may be at most 1.3 times as far from exact gradients as PyTorch's autocast."""
+    base, chunk_sizes = CASES[name]
+    weights = harness.perturbed_weights(Config(**base["model"]), seed=1)
+    exact, autocast = harness.gradients(base, weights), harness.gradients(base, weights, torch.float32, autocast=True)
+    layout = dict(base, recompute="none", chunk_tokens=chunk_sizes[-1], mlp_chunk=0, head_chunk=0)
+    harness.write_case(tmp_path, layout, weights)
+    ours = harness.run_ours(tmp_path, binary=ROOT / "build" / "cpu-bf16" / "test_gpt")
+    names = [tensor for tensor in exact if tensor.startswith("grad.")]
+    whole = lambda tensors: np.concatenate([tensors[tensor].ravel() for tensor in names])
+    error, allowed = (harness.relative_error(whole(side), whole(exact)) for side in (ours, autocast))
+    show(capsys, f"\nbf16, {name}: gradient error {error:.2e}, autocast {allowed:.2e}, ratio {error / allowed:.2f} (1.3)")
+    assert error <= 1.3 * allowed

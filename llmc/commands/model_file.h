@@ -1,0 +1,53 @@
+// The model that --checkpoint names, for the commands that read one: a checkpoint directory, a run directory (its newest
+// verified checkpoint), or any directory of Hugging Face GPT-2 weights.
+#pragma once
+
+#include <cstdio>
+#include <string>
+
+#include "llmc/io/checkpoint.h"
+#include "llmc/io/config.h"
+#include "llmc/parallel/rank.h"
+
+class ModelFile {
+   public:
+    explicit ModelFile(const Config& c) : config_(c), directory_(c.run.checkpoint) {
+        if (path_exists(checkpoint_root(directory_)) || path_exists(directory_ + "/" + manifest_name)) {
+            const FoundCheckpoint found = find_checkpoint(directory_);
+            for (const std::string& note : found.notes) std::fprintf(stderr, "%s\n", note.c_str());
+            directory_ = found.directory;
+            tokenizer_ = found.manifest.state.tokenizer;
+        } else if (!path_exists(directory_ + "/config.json")) {
+            throw Failure(EXIT_CHECKPOINT, "--checkpoint " + directory_ + " holds neither checkpoints of a run nor a model; name a "
+                                           "run directory such as runs/demo, one of its checkpoints, or a Hugging Face GPT-2");
+        }
+        model_ = read_model_config(directory_);
+        if (tokenizer_.empty()) tokenizer_ = model_.vocab == 257 ? "bytes" : "gpt2";
+    }
+
+    const std::string& directory() const { return directory_; }
+    const std::string& tokenizer_name() const { return tokenizer_; }
+
+    // Options of a rank for inference, with chunks of the whole context unless --chunk-tokens says otherwise.
+    RankOptions rank_options() const {
+        const int64_t chunk = config_.is_given("chunk-tokens") ? config_.data.chunk_tokens : model_.context;
+        return {model_, Recompute::none, chunk, config_.compute.mlp_chunk, config_.compute.head_chunk,
+                int(config_.compute.threads), false};
+    }
+
+    void load(Rank& rank) const {
+        if constexpr (std::is_same_v<floatX, floatS>) {
+            init_from_huggingface(directory_, {rank.options.model, rank.parameters, rank.weights});
+        } else {
+            std::vector<floatS> flat(static_cast<size_t>(flat_size(rank.parameters)));
+            init_from_huggingface(directory_, {rank.options.model, rank.parameters, flat.data()});
+            copy_rows(rank.device, Matrix<floatX>(rank.weights, 1, int64_t(flat.size())),
+                      Matrix<const floatS>(flat.data(), 1, int64_t(flat.size())));
+        }
+    }
+
+   private:
+    const Config& config_;
+    std::string directory_, tokenizer_;
+    GptConfig model_;
+};

@@ -1,0 +1,154 @@
+// Which values of flags go together, as one table; and every violation of it and of the limits in flags.h at once, each
+// with the values found and a valid alternative. Called by config.h.
+#pragma once
+
+#include <filesystem>
+
+#include "llmc/io/flags.h"
+#include "llmc/model/presets.h"
+
+// The tokens of a tokenizer, end-of-text included.
+inline int64_t tokenizer_vocab(const std::string& tokenizer) { return tokenizer == "gpt2" ? 50257 : 257; }
+
+// problem() returns "", or why the values of the flags do not go together and what would; the values are printed before
+// it from the list of names. A size of 0 is not known yet: it comes with a checkpoint.
+struct Relation {
+    int commands;
+    std::vector<std::string> flags;
+    std::string (*problem)(const Config&);
+};
+
+inline const std::vector<Relation>& relation_table() {
+    using std::string, std::to_string;
+    // clang-format off
+    static const std::vector<Relation> table = {
+        {TRAIN, {"model"}, [](const Config& c) -> string {
+            if (find_preset(c.model.name)) return "";
+            if (c.model.name == "gpt3:c5140")
+                return "5140 channels do not divide by heads of 128; use --model gpt3:c5120";
+            std::vector<string> names;
+            for (const Preset& preset : presets()) names.push_back(preset.name);
+            return "there is no such preset; use --model " + nearest(c.model.name, names);
+        }},
+        {TRAIN, {"model", "layers", "channels", "heads", "context"}, [](const Config& c) -> string {
+            const bool known = c.model.layers && c.model.channels && c.model.heads && c.model.context;
+            if (known || c.model.name != "custom" || !c.run.init_from.empty()) return "";
+            return "`custom` needs all sizes; use --layers 4 --channels 192 --heads 4 --context 256";
+        }},
+        {TRAIN, {"channels", "heads"}, [](const Config& c) -> string {
+            const int64_t C = c.model.channels, NH = c.model.heads;
+            if (!C || !NH || C % NH == 0) return "";
+            int64_t fewer = NH;
+            while (C % fewer) --fewer;
+            return "a head takes channels / heads; use --channels " + to_string(round_up(C, NH)) +
+                   " or --heads " + to_string(fewer);
+        }},
+        {TRAIN, {"vocab", "tokenizer"}, [](const Config& c) -> string {
+            const int64_t least = tokenizer_vocab(c.data.tokenizer);
+            if (!c.model.vocab || c.model.vocab >= least || !c.run.init_from.empty()) return "";
+            return "the tokenizer has more tokens; use --vocab " + to_string(least);
+        }},
+        {TRAIN, {"data", "dry-run"}, [](const Config& c) -> string {
+            if (c.run.dry_run || !c.data.train.empty()) return "";
+            return "training reads token files; use --data 'DIR/train_*.bin' (`train_gpt tokenize` writes them)";
+        }},
+        {TRAIN | EVAL, {"batch-tokens", "context", "packing"}, [](const Config& c) -> string {
+            const int64_t B = c.data.batch_tokens, T = c.model.context;
+            if (c.data.packing != "contiguous" || !T || B % T == 0) return "";
+            return "a step takes whole windows; use --batch-tokens " + to_string(round_up(B, T));
+        }},
+        {TRAIN | EVAL, {"chunk-tokens", "context", "packing"}, [](const Config& c) -> string {
+            const int64_t N = c.data.chunk_tokens, T = c.model.context;
+            if (c.data.packing != "contiguous" || !T || !N || N % T == 0 || T % N == 0) return "";
+            return "a chunk holds whole windows or an even slice of one; use --chunk-tokens " + to_string(round_up(N, T));
+        }},
+        {TRAIN | EVAL, {"chunk-tokens", "batch-tokens"}, [](const Config& c) -> string {
+            if (c.data.chunk_tokens <= c.data.batch_tokens || !c.data.batch_tokens) return "";
+            return "a chunk is part of a batch; use --chunk-tokens " + to_string(c.data.batch_tokens);
+        }},
+        {TRAIN, {"warmup", "steps"}, [](const Config& c) -> string {
+            if (c.training.warmup <= c.training.steps) return "";
+            return "the warm-up would not end; use --warmup " + to_string(c.training.steps / 10);
+        }},
+        {TRAIN, {"lr-schedule", "warmup", "decay-fraction", "steps"}, [](const Config& c) -> string {
+            const double steps = double(c.training.steps), left = steps - double(c.training.warmup);
+            if (c.training.lr_schedule != "wsd" || left < 0 || c.training.decay_fraction * steps <= left) return "";
+            return "the decay would begin within the warm-up; use --decay-fraction " +
+                   number_text(std::floor(left / steps * 100) / 100);
+        }},
+        {TRAIN, {"stop-after", "steps"}, [](const Config& c) -> string {
+            if (c.run.stop_after <= c.training.steps) return "";
+            return "training ends before that; use --stop-after " + to_string(c.training.steps);
+        }},
+        {TRAIN, {"val-every", "val-data"}, [](const Config& c) -> string {
+            if (!c.run.val_every || !c.data.val.empty()) return "";
+            return "validation reads token files; use --val-data 'DIR/val_*.bin' or --val-every 0";
+        }},
+        {TRAIN, {"run-dir"}, [](const Config& c) -> string {
+            return c.run.dir.empty() ? "metrics and checkpoints need a directory; use --run-dir runs/train" : "";
+        }},
+        {TRAIN, {"run-dir", "resume"}, [](const Config& c) -> string {
+            const std::filesystem::path dir = c.run.dir;
+            if (c.run.dir.empty() || c.run.resume || c.run.dry_run) return "";
+            if (!std::filesystem::exists(dir / "metrics.jsonl") && !std::filesystem::exists(dir / "LATEST")) return "";
+            return "the directory holds a run; use --resume to continue it, or --run-dir " + c.run.dir + "-2";
+        }},
+        {GENERATE | EVAL, {"checkpoint"}, [](const Config& c) -> string {
+            return c.run.checkpoint.empty() ? "there is no model without one; use --checkpoint runs/train" : "";
+        }},
+        {EVAL, {"data"}, [](const Config& c) -> string {
+            return c.data.train.empty() ? "evaluation reads token files; use --data 'DIR/val_*.bin'" : "";
+        }},
+        {TOKENIZE, {"inputs"}, [](const Config& c) -> string {
+            return c.tokenize.inputs.empty() ? "name files or directories, such as /usr/include" : "";
+        }},
+        {TOKENIZE, {"output"}, [](const Config& c) -> string {
+            return c.tokenize.output.empty() ? "token files need a directory; use --output data/tokens" : "";
+        }},
+    };
+    // clang-format on
+    return table;
+}
+
+// "", or what is wrong with the flag's value by its own limits, and what would be right.
+inline std::string limits_problem(const Flag& flag, const Config& config) {
+    const Config defaults;
+    const Field field = flag.field(const_cast<Config&>(config));
+    std::string use = field_text(flag, defaults);
+    bool good = true;
+    if (auto* value = std::get_if<int64_t*>(&field)) good = flag.limits.contain(double(**value));
+    if (auto* value = std::get_if<double*>(&field)) good = flag.limits.contain(**value);
+    if (auto* value = std::get_if<std::string*>(&field); value && !flag.limits.choices.empty() && **value != use) {
+        std::vector<std::string> choices;
+        std::stringstream list(flag.limits.choices);
+        for (std::string choice; std::getline(list, choice, '|');) choices.push_back(choice);
+        use = nearest(**value, choices);
+        good = use == **value;
+    }
+    return good ? "" : "is not in " + flag.limits.text() + "; use --" + flag.name + " " + use;
+}
+
+// All violations; flags in `wrong`, whose values could not be read, and what depends on them are left out.
+inline std::vector<std::string> config_violations(const Config& config, std::set<std::string> wrong = {}) {
+    const int command = command_row(config).command;
+    std::vector<std::string> violations;
+    for (const Flag& flag : flag_table()) {
+        if (!(flag.commands & command) || wrong.count(flag.name)) continue;
+        if (const std::string problem = limits_problem(flag, config); !problem.empty()) {
+            violations.push_back(show_flag(flag, config) + " " + problem);
+            wrong.insert(flag.name);
+        }
+    }
+    for (const Relation& relation : relation_table()) {
+        bool known = relation.commands & command;
+        std::string values;
+        for (const std::string& name : relation.flags) {
+            known = known && !wrong.count(name);
+            values += (values.empty() ? "" : ", ") + show_flag(*find_flag(name), config);
+        }
+        if (!known) continue;
+        if (const std::string problem = relation.problem(config); !problem.empty())
+            violations.push_back(values + ": " + problem);
+    }
+    return violations;
+}
