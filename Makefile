@@ -60,6 +60,9 @@ $(BUILD)/%: %.cu
 build/tests/fuzz_%: dev/tests/fuzz_%.cpp
 	$(COMPILE) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DPRECISION_FP32 $< -o $@
 
+build/tests/%_fp64_test: dev/tests/%_fp64_test.cpp
+	$(COMPILE) -O2 -DPRECISION_FP64 $< -o $@ -lgtest -lgtest_main -pthread
+
 build/tests/%: dev/tests/%.cpp
 	$(COMPILE) -O2 -DPRECISION_FP32 $< -o $@ -lgtest -lgtest_main -pthread
 

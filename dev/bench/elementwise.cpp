@@ -11,6 +11,7 @@
 
 #include "llmc/kernels/adamw.cuh"
 #include "llmc/kernels/classifier.cuh"
+#include "llmc/kernels/copy.cuh"
 #include "llmc/kernels/encoder.cuh"
 #include "llmc/kernels/layernorm.cuh"
 #include "llmc/kernels/random.h"

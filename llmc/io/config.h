@@ -45,7 +45,7 @@ inline void fill_config(Config& c) {
 }
 
 [[noreturn]] inline void refuse_config(const std::vector<std::string>& violations) {
-    std::string text = "the configuration is refused:";
+    std::string text = "The configuration is refused:";
     for (const std::string& violation : violations) text += "\n  - " + violation;
     throw Failure(EXIT_CONFIG, text);
 }
@@ -192,7 +192,7 @@ inline Config parse_config(int argc, const char* const* argv) {
     reader.config.command = args[0];
     if (std::find(commands.begin(), commands.end(), args[0]) == commands.end())
         throw Failure(EXIT_CONFIG,
-                      "there is no command '" + args[0] + "'; the nearest is '" + nearest(args[0], commands) + "'.");
+                      "There is no command '" + args[0] + "'; the nearest is '" + nearest(args[0], commands) + "'.");
     const CommandRow& row = command_row(reader.config);
     const CLI::App* sub = app.get_subcommand(row.name);
     reader.refuse_last_without_value(args, row);

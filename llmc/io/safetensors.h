@@ -75,10 +75,9 @@ public:
         data_begin = 8 + int64_t(header_bytes);
 
         const std::string where = path + "'s header";
-        for (const auto& [name, entry] : parse_json(header, where).items()) {
-            if (name == "__metadata__") continue;
-            list.push_back(tensor_info(name, entry, where + ", tensor \"" + name + "\","));
-        }
+        const nlohmann::json contents = parse_json(header, where);
+        for (const auto& [name, entry] : contents.items())
+            if (name != "__metadata__") list.push_back(tensor_info(name, entry, where + ", tensor \"" + name + "\","));
         std::sort(list.begin(), list.end(), [](const TensorInfo& a, const TensorInfo& b) {
             return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
         });

@@ -7,7 +7,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "llmc/kernels/copy.cuh"
+#include "llmc/device.h"
+#include "llmc/kernels/simd.h"
 
 // Doubles, because 1 - beta2 of a beta2 rounded to fp32 is wrong by 1e-5.
 struct AdamW {

@@ -3,14 +3,7 @@
 #pragma once
 
 #include "llmc/device.h"
-
-// to = value, rounded to T. The bits of a bf16 are written as an integer because g++ 12 vectorises that, but not the
-// assignment of a class.
-template <class T, class V>
-inline void assign(T& to, V value) {
-    to = T(value);
-}
-inline void assign(bf16& to, float value) { to.bits = bf16(value).bits; }
+#include "llmc/kernels/simd.h"
 
 // Calls piece(row, begin, end) for pieces of at most 4096 columns that cover [rows, cols], in parallel.
 template <class Piece>

@@ -5,7 +5,7 @@
 
 #include <omp.h>
 
-#include "llmc/kernels/copy.cuh"
+#include "llmc/device.h"
 
 inline void encoder_forward(const Device& device, Matrix<floatR> out /*[N, C]*/, const int32_t* tokens /*[N]*/,
                             const int32_t* positions /*[N]*/, Matrix<const floatX> wte /*[Vp, C]*/,

@@ -11,17 +11,15 @@
 
 #include <cmath>
 
-#include "llmc/kernels/copy.cuh"
+#include "llmc/device.h"
+#include "llmc/kernels/simd.h"
 
-inline void layernorm_row(floatX* out /*[C]*/, floatS& mean, floatS& rstd, const floatR* x /*[C]*/,
-                          const floatX* weight /*[C]*/, const floatX* bias /*[C]*/, int64_t C) {
-    floatS sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < C; c++) sum += x[c];
-    const floatS m = sum / floatS(C);
-#pragma omp simd reduction(+ : squares)
-    for (int64_t c = 0; c < C; c++) squares += (x[c] - m) * (x[c] - m);
-    const floatS r = 1 / std::sqrt(squares / floatS(C) + floatS(1e-5));
+WIDE inline void layernorm_row(floatX* out /*[C]*/, floatS& mean, floatS& rstd, const floatR* x /*[C]*/,
+                               const floatX* weight /*[C]*/, const floatX* bias /*[C]*/, int64_t C) {
+    const floatS m = sum_in_lanes<floatS>(0, C, [=](int64_t c) WIDE { return x[c]; }) / floatS(C);
+    const floatS variance =
+        sum_in_lanes<floatS>(0, C, [=](int64_t c) WIDE { return (x[c] - m) * (x[c] - m); }) / floatS(C);
+    const floatS r = 1 / std::sqrt(variance + floatS(1e-5));
 #pragma omp simd
     for (int64_t c = 0; c < C; c++) assign(out[c], (x[c] - m) * r * floatS(weight[c]) + floatS(bias[c]));
     mean = m;
@@ -36,7 +34,7 @@ inline void layernorm_forward(const Device& device, Matrix<floatX> out /*[N, C]*
 }
 
 // sum = a + b on one row
-inline void residual_row(floatR* sum /*[C]*/, const floatR* a /*[C]*/, const floatX* b /*[C]*/, int64_t C) {
+WIDE inline void residual_row(floatR* sum /*[C]*/, const floatR* a /*[C]*/, const floatX* b /*[C]*/, int64_t C) {
 #pragma omp simd
     for (int64_t c = 0; c < C; c++) sum[c] = a[c] + floatR(b[c]);
 }
@@ -55,8 +53,31 @@ inline void residual_layernorm_forward(const Device& device, Matrix<floatR> resi
                                        const floatX* weight /*[C]*/, const floatX* bias /*[C]*/) {
 #pragma omp parallel for num_threads(device.threads) schedule(static)
     for (int64_t i = 0; i < residual.rows; i++) {
-        residual_row(residual.row(i), a.row(i), b.row(i), residual.cols);
-        layernorm_row(out.row(i), mean[i], rstd[i], residual.row(i), weight, bias, residual.cols);
+        run_widest([&]() WIDE {
+            residual_row(residual.row(i), a.row(i), b.row(i), residual.cols);
+            layernorm_row(out.row(i), mean[i], rstd[i], residual.row(i), weight, bias, residual.cols);
+        });
+    }
+}
+
+// One row of the backward pass; adds to the sums over tokens dw and db.
+WIDE inline void layernorm_row_backward(floatR* dx /*[C]*/, floatS* dw /*[C]*/, floatS* db /*[C]*/,
+                                        const floatX* dout /*[C]*/, const floatR* x /*[C]*/, floatS mean, floatS rstd,
+                                        const floatX* weight /*[C]*/, int64_t C) {
+    floatS sum_g = 0, sum_gx = 0;
+#pragma omp simd reduction(+ : sum_g, sum_gx)
+    for (int64_t c = 0; c < C; c++) {
+        const floatS g = floatS(dout[c]) * floatS(weight[c]);
+        sum_g += g;
+        sum_gx += g * ((x[c] - mean) * rstd);
+    }
+    const floatS mean_g = sum_g / floatS(C), mean_gx = sum_gx / floatS(C);
+#pragma omp simd
+    for (int64_t c = 0; c < C; c++) {
+        const floatS d = floatS(dout[c]), xhat = (x[c] - mean) * rstd;
+        dw[c] += d * xhat;
+        db[c] += d;
+        dx[c] += rstd * (d * floatS(weight[c]) - mean_g - xhat * mean_gx);
     }
 }
 
@@ -75,39 +96,19 @@ inline void layernorm_backward(const Device& device, Matrix<floatR> din /*[N, C]
     const int64_t N = in.rows, C = in.cols;
     const int64_t height = std::max<int64_t>(32, ceil_div(N, layernorm_blocks)), blocks = ceil_div(N, height);
     floatS* partial = device.scratch_as<floatS>(size_t(blocks * 2 * C));  // [blocks, 2, C]
-#pragma omp parallel num_threads(device.threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block++) {
-            floatS *dw = partial + block * 2 * C, *db = dw + C;
-            std::fill(dw, dw + 2 * C, floatS(0));
-            for (int64_t i = block * height; i < std::min(N, (block + 1) * height); i++) {
-                const floatX* d = dout.row(i);
-                const floatR* x = in.row(i);
-                floatR* dx = din.row(i);
-                const floatS m = mean[i], r = rstd[i];
-                floatS sum_g = 0, sum_gx = 0;
-#pragma omp simd reduction(+ : sum_g, sum_gx)
-                for (int64_t c = 0; c < C; c++) {
-                    const floatS g = floatS(d[c]) * floatS(weight[c]), xhat = (x[c] - m) * r;
-                    sum_g += g;
-                    sum_gx += g * xhat;
-                }
-                const floatS mean_g = sum_g / floatS(C), mean_gx = sum_gx / floatS(C);
-#pragma omp simd
-                for (int64_t c = 0; c < C; c++) {
-                    const floatS dc = floatS(d[c]), xhat = (x[c] - m) * r;
-                    dw[c] += dc * xhat;
-                    db[c] += dc;
-                    dx[c] += r * (dc * floatS(weight[c]) - mean_g - xhat * mean_gx);
-                }
-            }
-        }
-#pragma omp for simd schedule(static)
-        for (int64_t c = 0; c < C; c++)
-            for (int64_t block = 0; block < blocks; block++) {
-                dweight[c] += partial[block * 2 * C + c];
-                dbias[c] += partial[block * 2 * C + C + c];
-            }
+#pragma omp parallel for num_threads(device.threads) schedule(static)
+    for (int64_t block = 0; block < blocks; block++) {
+        floatS *dw = partial + block * 2 * C, *db = dw + C;
+        std::fill(dw, dw + 2 * C, floatS(0));
+        for (int64_t i = block * height; i < std::min(N, (block + 1) * height); i++)
+            run_widest([&]() WIDE {
+                layernorm_row_backward(din.row(i), dw, db, dout.row(i), in.row(i), mean[i], rstd[i], weight, C);
+            });
     }
+    for (int64_t block = 0; block < blocks; block++)
+#pragma omp simd
+        for (int64_t c = 0; c < C; c++) {
+            dweight[c] += partial[block * 2 * C + c];
+            dbias[c] += partial[block * 2 * C + C + c];
+        }
 }

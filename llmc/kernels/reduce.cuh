@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "llmc/device.h"
+#include "llmc/kernels/simd.h"
 
 template <class Term>
 double sum_of_terms(const Device& device, int64_t n, const Term& term) {
@@ -13,11 +14,8 @@ double sum_of_terms(const Device& device, int64_t n, const Term& term) {
     double partial[blocks];
 #pragma omp parallel for num_threads(device.threads) schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
-        const int64_t end = std::min(n, (b + 1) * length);
-        double sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = b * length; i < end; i++) sum += term(i);
-        partial[b] = sum;
+        const int64_t begin = std::min(n, b * length), end = std::min(n, begin + length);
+        run_widest([&]() WIDE { partial[b] = sum_in_lanes<double>(begin, end, term); });
     }
     double total = 0;
     for (double p : partial) total += p;
@@ -25,12 +23,12 @@ double sum_of_terms(const Device& device, int64_t n, const Term& term) {
 }
 
 inline double sum(const Device& device, const floatS* x /*[n]*/, int64_t n) {
-    return sum_of_terms(device, n, [=](int64_t i) { return double(x[i]); });
+    return sum_of_terms(device, n, [=](int64_t i) WIDE { return double(x[i]); });
 }
 
 // Squares are taken in double: those of fp32 values overflow at 1.8e19 and vanish below 1e-23.
 inline double sum_of_squares(const Device& device, const floatS* x /*[n]*/, int64_t n) {
-    return sum_of_terms(device, n, [=](int64_t i) { return double(x[i]) * double(x[i]); });
+    return sum_of_terms(device, n, [=](int64_t i) WIDE { return double(x[i]) * double(x[i]); });
 }
 
 // Index of the first infinity or NaN in x, -1 if there is none. x - x is 0 exactly when x is finite.

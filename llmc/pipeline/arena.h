@@ -1,10 +1,11 @@
-// Addresses for tensors whose lifetimes are known: first fit in order of creation. A pipeline's activations live and
-// die like a stack with a few strands, so first fit comes out at, or close to, the largest sum of living bytes, which is
-// the least possible; `live_peak` tells the difference.
+// Addresses for tensors whose lifetimes are known. The longest-lived come first, each at the lowest address that is free
+// during its whole life. What a pipeline keeps for its backward pass then lies at the bottom like a stack, and the
+// short-lived tensors share the space above. The end comes out at, or close to, the largest sum of bytes alive at once,
+// which is the least possible; `live_peak` tells the difference.
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "llmc/common.h"
@@ -22,45 +23,42 @@ struct ArenaSize {
 
 constexpr int64_t arena_alignment = 64;  // bytes: a cache line, and one AVX-512 register
 
-// `tensors` are ordered by `first`. `op_count` bounds first and last.
+// `op_count` bounds first and last.
 inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count) {
-    struct Hole {
-        int64_t begin, end;
-    };
-    std::vector<Hole> holes = {{0, INT64_MAX}};  // sorted, never adjacent
-    std::vector<std::vector<size_t>> dying(size_t(op_count) + 1);
     ArenaSize size;
+    std::vector<int64_t> change(size_t(op_count) + 1);
+    for (const Lifetime& t : tensors) {
+        change[size_t(t.first)] += round_up(t.bytes, arena_alignment);
+        change[size_t(t.last) + 1] -= round_up(t.bytes, arena_alignment);
+    }
     int64_t live = 0;
-    size_t next = 0;
-    for (int op = 0; op < op_count; ++op) {
-        for (; next < tensors.size() && tensors[next].first == op; ++next) {
-            Lifetime& t = tensors[next];
-            const int64_t bytes = round_up(t.bytes, arena_alignment);
-            size_t h = 0;
-            while (holes[h].end - holes[h].begin < bytes) ++h;
-            t.offset = holes[h].begin;
-            holes[h].begin += bytes;
-            if (holes[h].begin == holes[h].end) holes.erase(holes.begin() + h);
-            dying[t.last].push_back(next);
-            size.bytes = std::max(size.bytes, t.offset + bytes);
-            size.live_peak = std::max(size.live_peak, live += bytes);
-        }
-        for (size_t i : dying[op]) {
-            const int64_t begin = tensors[i].offset, bytes = round_up(tensors[i].bytes, arena_alignment);
-            if (bytes == 0) continue;
-            live -= bytes;
-            size_t h = 0;
-            while (holes[h].begin < begin) ++h;
-            holes.insert(holes.begin() + h, {begin, begin + bytes});
-            if (holes[h].end == holes[h + 1].begin) {
-                holes[h].end = holes[h + 1].end;
-                holes.erase(holes.begin() + h + 1);
+    for (int64_t c : change) size.live_peak = std::max(size.live_peak, live += c);
+
+    std::vector<size_t> order(tensors.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+        return tensors[a].last - tensors[a].first > tensors[b].last - tensors[b].first;
+    });
+    // The tensors placed so far, listed under every span of ops that they live in, so that each looks at few others.
+    constexpr int span = 64;
+    std::vector<std::vector<size_t>> placed(size_t(op_count / span) + 1);
+    std::vector<size_t> seen_by(tensors.size(), SIZE_MAX), neighbours;
+    for (size_t i : order) {
+        Lifetime& t = tensors[i];
+        neighbours.clear();
+        for (int s = t.first / span; s <= t.last / span; ++s)
+            for (size_t n : placed[size_t(s)]) {
+                if (seen_by[n] == i || tensors[n].last < t.first || t.last < tensors[n].first) continue;
+                seen_by[n] = i;
+                neighbours.push_back(n);
             }
-            if (h > 0 && holes[h - 1].end == holes[h].begin) {
-                holes[h - 1].end = holes[h].end;
-                holes.erase(holes.begin() + h);
-            }
+        std::sort(neighbours.begin(), neighbours.end(), [&](size_t a, size_t b) { return tensors[a].offset < tensors[b].offset; });
+        for (size_t n : neighbours) {
+            if (t.offset + t.bytes <= tensors[n].offset) break;  // fits below
+            t.offset = std::max(t.offset, round_up(tensors[n].offset + tensors[n].bytes, arena_alignment));
         }
+        size.bytes = std::max(size.bytes, round_up(t.offset + t.bytes, arena_alignment));
+        for (int s = t.first / span; s <= t.last / span; ++s) placed[size_t(s)].push_back(i);
     }
     return size;
 }

@@ -1,0 +1,187 @@
+// Plans and steps: schedules that are wrong are refused, the arena is as small as it can be, layouts agree, and the
+// targets of one document do not leak into the gradients of another.
+#include <gtest/gtest.h>
+
+#include <random>
+
+#define TESTING
+#include "train_gpt.cu"
+
+namespace {
+
+GptConfig small_model(bool tied = true) { return {3, 48, 3, 64, 61, 64, tied}; }
+
+RankOptions options(Recompute recompute, int64_t chunk_tokens, int64_t mlp_chunk = 0, int64_t head_chunk = 0, int threads = 2) {
+    return {small_model(), recompute, chunk_tokens, mlp_chunk, head_chunk, threads, true};
+}
+
+Batch random_batch(const std::vector<int64_t>& lengths, uint64_t seed) {
+    std::mt19937_64 generator(seed);
+    Batch batch;
+    for (int64_t length : lengths) {
+        Sample& s = batch.sequences.emplace_back();
+        for (int64_t i = 0; i < length; ++i) {
+            s.tokens.push_back(int32_t(generator() % 61));
+            s.targets.push_back(int32_t(generator() % 61));
+        }
+        batch.tokens += length, batch.targets += length;
+    }
+    return batch;
+}
+
+struct Gradients {
+    double loss;
+    std::vector<floatS> values;
+};
+
+Gradients gradients(const RankOptions& o, const Batch& batch) {
+    Rank rank(o);
+    initialize_parameters(rank.master, o.model, 5);
+    round_weights(rank);
+    const double loss = compute_gradients(rank, prepare_step(batch, o.chunk_tokens, o.model));
+    return {loss, {rank.gradients, rank.gradients + flat_size(rank.parameters)}};
+}
+
+double relative_error(const std::vector<floatS>& a, const std::vector<floatS>& b) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < a.size(); ++i) {
+        difference += (a[i] - b[i]) * (a[i] - b[i]);
+        norm += b[i] * b[i];
+    }
+    return std::sqrt(difference / norm);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+TEST(Plan, RefusesWrongSchedules) {
+    const RankOptions o = options(Recompute::none, 32);
+    const std::vector<ChunkShape> shapes = chunk_shapes({2, 1}, 32, 64);
+    const std::vector<Op> good = accumulate_schedule(3, shapes);
+    const auto plan = [&](const std::vector<Op>& ops) { return make_plan(ops, shapes, o.model, o.recompute, true); };
+    EXPECT_NO_THROW(plan(good));
+    for (size_t i = 0; i < good.size(); ++i) {
+        std::vector<Op> missing = good, doubled = good, foreign = good;
+        missing.erase(missing.begin() + long(i));
+        doubled.insert(doubled.begin() + long(i), good[i]);
+        foreign[i].chunk = 2 - foreign[i].chunk;
+        EXPECT_THROW(plan(missing), std::logic_error) << op_name(good[i]);
+        EXPECT_THROW(plan(doubled), std::logic_error) << op_name(good[i]);
+        if (good[i].chunk != 1) { EXPECT_THROW(plan(foreign), std::logic_error) << op_name(good[i]); }
+    }
+    // An op before the one that makes its input: every op moved to the very front but the first.
+    for (size_t i = 1; i < good.size(); ++i) {
+        if (good[i].part == Part::embed && good[i].pass == Pass::F) continue;  // needs nothing
+        std::vector<Op> early = good;
+        std::rotate(early.begin(), early.begin() + long(i), early.begin() + long(i) + 1);
+        EXPECT_THROW(plan(early), std::logic_error) << op_name(good[i]);
+    }
+}
+
+// No two tensors overlap in time and in place; the arena ends where the most bytes alive at once end.
+TEST(Plan, ArenaIsTightAndWithoutOverlap) {
+    std::mt19937 generator(3);
+    for (int trial = 0; trial < 200; ++trial) {
+        std::vector<Lifetime> tensors;
+        const int ops = 60;
+        for (int op = 0; op < ops; ++op)
+            for (unsigned k = generator() % 3; k > 0; --k)
+                tensors.push_back({int64_t(generator() % 5000 + 1), op, op + int(generator() % unsigned(ops - op))});
+        const ArenaSize size = assign_offsets(tensors, ops);
+        EXPECT_GE(size.bytes, size.live_peak);
+        for (size_t a = 0; a < tensors.size(); ++a) {
+            EXPECT_EQ(tensors[a].offset % arena_alignment, 0);
+            EXPECT_LE(tensors[a].offset + tensors[a].bytes, size.bytes);
+            for (size_t b = 0; b < a; ++b) {
+                const bool same_time = tensors[a].first <= tensors[b].last && tensors[b].first <= tensors[a].last;
+                const bool same_place = tensors[a].offset < tensors[b].offset + tensors[b].bytes &&
+                                        tensors[b].offset < tensors[a].offset + tensors[a].bytes;
+                ASSERT_FALSE(same_time && same_place);
+            }
+        }
+    }
+    for (Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full})
+        for (int slices : {1, 2, 4}) {
+            const Plan plan = plan_pattern(options(recompute, 64 / slices), {slices}, true);
+            std::printf("  recompute %d, %d slices: arena %lld bytes, alive at once %lld\n", int(recompute), slices,
+                        static_cast<long long>(plan.size.bytes), static_cast<long long>(plan.size.live_peak));
+            if (recompute == Recompute::none && slices > 1) EXPECT_LE(double(plan.size.bytes), 1.05 * double(plan.size.live_peak));
+            else EXPECT_EQ(plan.size.bytes, plan.size.live_peak);
+        }
+}
+
+// One full chunk without cutting: the peak is at the head's end of the forward pass, layer by layer what the mode keeps.
+TEST(Plan, KeepsWhatTheModeSays) {
+    const GptConfig g = small_model();
+    const int64_t N = 64, L = g.layers;
+    const auto peak = [&](Recompute r) { return plan_pattern(options(r, N), {1}, true).size.live_peak; };
+    const int64_t x = bytes_of<ResidualTensor>(N, g), pre = bytes_of<PreActivations>(N, g);
+    const int64_t attention = bytes_of<AttentionActivations>(N, g), post = bytes_of<PostActivations>(N, g);
+    const int64_t d_o = bytes_of<AttentionGradient>(N, g), d_qkv = bytes_of<QkvGradient>(N, g);
+    // the backward of the last layer's post or attention, when everything kept is still there
+    EXPECT_EQ(peak(Recompute::none), (L + 1) * x + L * (pre + attention + post) + std::max(x, x + d_o - x));
+    EXPECT_EQ(peak(Recompute::without_attention), L * x + L * attention + x + pre + d_o + d_qkv);
+    EXPECT_EQ(peak(Recompute::full), L * x + attention + x + pre + d_o + d_qkv);
+}
+
+TEST(Step, LayoutsAgree) {
+    const Batch batch = random_batch({64, 1, 17, 40, 3, 64, 2}, 1);
+    const Gradients whole = gradients(options(Recompute::none, 256), batch);
+    for (Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full})
+        for (int64_t chunk : {256, 64, 23, 5})
+            for (int64_t rows : {0, 7}) {
+                const Gradients other = gradients(options(recompute, chunk, rows, rows), batch);
+                const double error = relative_error(other.values, whole.values);
+                std::printf("  recompute %d, chunks of %3lld, %lld rows at a time: loss %.1e, gradients %.1e (bound 1e-05)\n",
+                            int(recompute), static_cast<long long>(chunk), static_cast<long long>(rows),
+                            std::abs(other.loss / whole.loss - 1), error);
+                EXPECT_LE(std::abs(other.loss / whole.loss - 1), 1e-6);
+                EXPECT_LE(error, 1e-5);
+            }
+}
+
+TEST(Step, SameLayoutTwiceHasTheSameBits) {
+    const Batch batch = random_batch({64, 1, 17, 40}, 2);
+    for (Recompute recompute : {Recompute::none, Recompute::full}) {
+        const Gradients a = gradients(options(recompute, 32), batch), b = gradients(options(recompute, 32), batch);
+        EXPECT_EQ(a.loss, b.loss);
+        EXPECT_EQ(std::memcmp(a.values.data(), b.values.data(), a.values.size() * sizeof(floatS)), 0);
+    }
+}
+
+// Two documents in one chunk. With A's targets ignored, A's tokens cannot matter: every gradient keeps its bits.
+TEST(Step, TargetsOfADocumentDoNotLeak) {
+    Batch batch = random_batch({30, 34}, 3);
+    std::fill(batch.sequences[0].targets.begin(), batch.sequences[0].targets.end(), -1);
+    batch.targets = 34;
+    Batch other = batch;
+    other.sequences[0].tokens = random_batch({30}, 4).sequences[0].tokens;
+    ASSERT_NE(batch.sequences[0].tokens, other.sequences[0].tokens);
+    for (Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full}) {
+        const Gradients a = gradients(options(recompute, 64), batch), b = gradients(options(recompute, 64), other);
+        EXPECT_EQ(a.loss, b.loss);
+        int64_t nonzero = 0;
+        for (size_t i = 0; i < a.values.size(); ++i) {
+            ASSERT_EQ(a.values[i], b.values[i]) << i;
+            nonzero += a.values[i] != 0;
+        }
+        EXPECT_GT(nonzero, int64_t(a.values.size()) / 4);
+    }
+}
+
+TEST(Step, LearningRates) {
+    Config c;
+    c.training.steps = 100, c.training.warmup = 10, c.training.lr = 1, c.training.min_lr_fraction = 0.1;
+    c.training.lr_schedule = "cosine";
+    EXPECT_DOUBLE_EQ(learning_rate(c, 1), 0.1);
+    EXPECT_DOUBLE_EQ(learning_rate(c, 10), 1);
+    EXPECT_NEAR(learning_rate(c, 55), 0.55, 1e-12);
+    EXPECT_NEAR(learning_rate(c, 100), 0.1, 1e-12);
+    c.training.lr_schedule = "wsd", c.training.decay_fraction = 0.2;
+    EXPECT_DOUBLE_EQ(learning_rate(c, 80), 1);
+    EXPECT_NEAR(learning_rate(c, 90), 0.55, 1e-12);
+    EXPECT_NEAR(learning_rate(c, 100), 0.1, 1e-12);
+    c.training.lr_schedule = "constant";
+    EXPECT_DOUBLE_EQ(learning_rate(c, 100), 1);
+}
+
+}  // namespace

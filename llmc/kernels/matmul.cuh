@@ -1,0 +1,185 @@
+// Matrix products of the linear layers: out = in W^T + bias, din = dout W, dW += dout^T in, with bias, GELU and their
+// derivatives fused into the write of the result. Weights are [OC, IC] as in llm.c; the model's blocks call them.
+//
+// All three are  out(i, j) = sum over k of left(i, k) right(j, k)  with operands that are contiguous either in k or in
+// their rows. A thread owns a rectangle of the result and works on it in blocks (no sharing, no barriers):
+//
+//                     NC columns             for each NC columns of its rectangle            right: KC x NC packed, L2
+//                  +------+------+             for each MC rows                              sums: MC x NC in fp32, L2
+//          k -->   | NR NR NR NR |               for each KC of the depth
+//        +-------+ +------+------+                 for each panel of NR columns              KC x NR in L1
+//     MC |  MR   | | MR x NR tile|                   for each panel of MR rows               MR x KC from L2
+//        |  MR   | | in registers|                     multiply, and at the last KC finish
+//        +-------+ +------+------+
+//
+// Each sum runs over k in ascending order, one element after the other (pairs and groups of 32 for bf16), whatever the
+// blocks and whoever computes it: the bits do not depend on the thread count.
+#pragma once
+
+#include <algorithm>
+
+#include "llmc/device.h"
+#include "llmc/kernels/matmul_micro.h"
+
+// The specification, and the form that fp64 tests run.
+template <class T, class Out>
+void multiply_reference(const Device& device, Operand<T> left, Operand<T> right, int64_t depth,
+                        const Epilogue<T, Out>& e) {
+    using Sum = SumOf<T>;
+#pragma omp parallel for num_threads(device.threads) schedule(static)
+    for (int64_t i = 0; i < e.out.rows; i++) {
+        for (int64_t j = 0; j < e.out.cols; j++) {
+            Sum sum = 0;
+            for (int64_t k = 0; k < depth; k++) sum += Sum(*left.at(i, k)) * Sum(*right.at(j, k));
+            if (e.bias) sum += Sum(e.bias[j]);
+            if (e.pre_activation.data) e.pre_activation.row(i)[j] = sum;
+            if (e.activation == Activation::gelu) sum = gelu_value(sum);
+            if (e.gelu_input.data) sum *= gelu_gradient(Sum(e.gelu_input.row(i)[j]));
+            Out& out = e.out.row(i)[j];
+            out = e.accumulate ? Sum(out) + sum : sum;
+        }
+        if (e.left_sums)
+            for (int64_t k = 0; k < depth; k++) e.left_sums[i] += Sum(*left.at(i, k));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The blocked form.
+
+constexpr int64_t MATMUL_DEPTH = 256;                   // KC
+constexpr int64_t MATMUL_LEFT_BYTES = 512 << 10;        // packed left block, MC x KC
+constexpr int64_t MATMUL_RIGHT_BYTES = 1 << 20;         // packed right block
+constexpr int64_t MATMUL_SUM_BYTES = 512 << 10;         // MC x NC sums
+constexpr int64_t MATMUL_THREAD_BYTES = MATMUL_LEFT_BYTES + MATMUL_RIGHT_BYTES + MATMUL_SUM_BYTES + 16 * 1024;
+
+inline size_t matmul_scratch_bytes(int threads) { return size_t(threads) * MATMUL_THREAD_BYTES; }
+
+// sums[r] += sum over k of source(r, k), for a source whose rows are contiguous.
+template <class T> void add_left_sums(float* sums, Operand<T> source, int64_t rows, int64_t depth) {
+    constexpr int64_t width = 64;
+    for (int64_t r = 0; r < rows; r += width) {
+        float part[width] = {};
+        const int64_t count = std::min(width, rows - r);
+        for (int64_t k = 0; k < depth; k++)
+            if (count == width)
+                for (int64_t i = 0; i < width; i++) part[i] += float(*source.at(r + i, k));
+            else
+                for (int64_t i = 0; i < count; i++) part[i] += float(*source.at(r + i, k));
+        for (int64_t i = 0; i < count; i++) sums[r + i] += part[i];
+    }
+}
+
+// Share `index` of `count` equal shares of [0, size), cut at multiples of `unit`.
+inline std::pair<int64_t, int64_t> matmul_share(int64_t size, int64_t unit, int64_t index, int64_t count) {
+    const int64_t units = ceil_div(size, unit);
+    return {std::min(size, units * index / count * unit), std::min(size, units * (index + 1) / count * unit)};
+}
+
+// One thread's rectangle of the result: rows [row_begin, row_end) and columns [col_begin, col_end).
+template <class T, class Out>
+void multiply_rectangle(std::byte* scratch, const MicroKernel<T, Out>& kernel, Operand<T> left, Operand<T> right,
+                        int64_t depth, const Epilogue<T, Out>& e, int64_t row_begin, int64_t row_end,
+                        int64_t col_begin, int64_t col_end) {
+    const int64_t mr = kernel.mr, nr = kernel.nr, group = kernel.group, element_bytes = kernel.element_bytes;
+    std::byte* left_block = scratch;
+    std::byte* right_block = left_block + MATMUL_LEFT_BYTES;
+    float* sums = reinterpret_cast<float*>(right_block + MATMUL_RIGHT_BYTES);
+
+    const int64_t kc = std::min(MATMUL_DEPTH, round_up(depth, group));
+    const int64_t whole_depth = round_up(depth, MATMUL_DEPTH);
+    // As many columns as keep the whole depth packed, but not so few that the left operand is read too often.
+    int64_t nc = std::clamp(MATMUL_RIGHT_BYTES / (whole_depth * element_bytes) / nr * nr, 256 / nr * nr, 1024 / nr * nr);
+    nc = std::min(nc, round_up(col_end - col_begin, nr));
+    const bool keep_right = whole_depth * nc * element_bytes <= MATMUL_RIGHT_BYTES;
+    const int64_t mc = std::max(mr, std::min(MATMUL_SUM_BYTES / 4 / nc, MATMUL_LEFT_BYTES / (MATMUL_DEPTH * element_bytes)) / mr * mr);
+
+    for (int64_t jc = col_begin; jc < col_end; jc += nc)
+        for (int64_t ic = row_begin; ic < row_end; ic += mc)
+            for (int64_t k = 0; k < depth; k += kc) {
+                const int64_t rows = std::min(mc, row_end - ic), cols = std::min(nc, col_end - jc);
+                const int64_t length = std::min(kc, depth - k), padded = round_up(length, group);
+                const bool first = k == 0, last = k + kc >= depth;
+
+                std::byte* right_panels = right_block + (keep_right ? k * nc * element_bytes : 0);
+                if (ic == row_begin || !keep_right)
+                    for (int64_t j = 0; j < cols; j += nr)
+                        kernel.pack_right(right_panels + j * padded * element_bytes,
+                                          {right.at(jc + j, k), right.stride, right.k_contiguous},
+                                          std::min(nr, cols - j), length);
+
+                if (e.left_sums && jc == 0)
+                    add_left_sums(e.left_sums + ic, Operand<T>{left.at(ic, k), left.stride, left.k_contiguous}, rows,
+                                  length);
+                const bool in_place = kernel.left_in_place && left.k_contiguous && length == padded;
+                for (int64_t i = in_place ? rows / mr * mr : 0; i < rows; i += mr)
+                    kernel.pack_left(left_block + i * padded * element_bytes,
+                                     {left.at(ic + i, k), left.stride, left.k_contiguous}, std::min(mr, rows - i),
+                                     length);
+
+                for (int64_t j = 0; j < cols; j += nr)
+                    for (int64_t i = 0; i < rows; i += mr) {
+                        const LeftPanel panel =
+                            in_place && i + mr <= rows
+                                ? LeftPanel{left.at(ic + i, k), left.stride * element_bytes, 32 * element_bytes}
+                                : LeftPanel{left_block + i * padded * element_bytes, 64, 64 * mr};
+                        float* tile = first && last ? sums : sums + j * round_up(rows, mr) + i * nr;
+                        kernel.multiply(padded, panel, right_panels + j * padded * element_bytes, tile, !first);
+                        if (last)
+                            kernel.finish(e, tile, ic + i, jc + j, std::min(mr, rows - i), std::min(nr, cols - j));
+                    }
+            }
+}
+
+template <class T, class Out>
+void multiply(const Device& device, Operand<T> left, Operand<T> right, int64_t depth, const Epilogue<T, Out>& e,
+              Isa isa = cpu_isa()) {
+    if (e.out.rows == 0 || e.out.cols == 0) return;
+    if constexpr (std::is_same_v<T, double>) {
+        multiply_reference(device, left, right, depth, e);
+    } else {
+        const MicroKernel<T, Out> kernel = micro_kernel<T, Out>(isa);
+        std::byte* scratch = device.scratch_as<std::byte>(matmul_scratch_bytes(device.threads));
+        // The grid of threads over the result that reads the operands least often.
+        int down = 1;
+        for (int d = 1; d <= device.threads; d++)
+            if (device.threads % d == 0 && d * e.out.cols + device.threads / d * e.out.rows <
+                                               down * e.out.cols + device.threads / down * e.out.rows)
+                down = d;
+        const int across = device.threads / down;
+#pragma omp parallel for num_threads(device.threads) schedule(static)
+        for (int t = 0; t < device.threads; t++) {
+            const auto [row_begin, row_end] = matmul_share(e.out.rows, kernel.mr, t / across, down);
+            const auto [col_begin, col_end] = matmul_share(e.out.cols, kernel.nr, t % across, across);
+            if (kernel.left_in_place) amx_begin();
+            multiply_rectangle(scratch + t * MATMUL_THREAD_BYTES, kernel, left, right, depth, e, row_begin, row_end,
+                               col_begin, col_end);
+            if (kernel.left_in_place) amx_end();
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The three products of a linear layer.
+
+inline void matmul_forward(const Device& device, Matrix<floatX> out /*[N,OC]*/, Matrix<const floatX> in /*[N,IC]*/,
+                           Matrix<const floatX> weight /*[OC,IC]*/, const floatX* bias /*[OC] or null*/,
+                           Activation activation = Activation::none, Matrix<floatX> pre_activation = {} /*[N,OC]*/) {
+    Epilogue<floatX, floatX> e{.out = out, .bias = bias, .activation = activation, .pre_activation = pre_activation};
+    multiply<floatX>(device, {in.data, in.stride, true}, {weight.data, weight.stride, true}, in.cols, e);
+}
+
+// din = dout W, times gelu'(pre_activation) when that is given.
+inline void matmul_backward_input(const Device& device, Matrix<floatX> din /*[N,IC]*/,
+                                  Matrix<const floatX> dout /*[N,OC]*/, Matrix<const floatX> weight /*[OC,IC]*/,
+                                  Matrix<const floatX> pre_activation = {} /*[N,IC]*/) {
+    Epilogue<floatX, floatX> e{.out = din, .gelu_input = pre_activation};
+    multiply<floatX>(device, {dout.data, dout.stride, true}, {weight.data, weight.stride, false}, dout.cols, e);
+}
+
+// dweight += dout^T in, and dbias += the column sums of dout.
+inline void matmul_backward_weight(const Device& device, Matrix<floatS> dweight /*[OC,IC]*/,
+                                   floatS* dbias /*[OC] or null*/, Matrix<const floatX> dout /*[N,OC]*/,
+                                   Matrix<const floatX> in /*[N,IC]*/) {
+    Epilogue<floatX, floatS> e{.out = dweight, .accumulate = true, .left_sums = dbias};
+    multiply<floatX>(device, {dout.data, dout.stride, false}, {in.data, in.stride, false}, dout.rows, e);
+}
