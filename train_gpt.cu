@@ -359,6 +359,9 @@ int training_loop(Training& run, Signals& signals, MetricsWriter& metrics, Conso
                                 .memory_bytes = resident_bytes()};
         metrics.write(record);
         console.step(record);
+        if (number == 3)
+            console.note(format("resident memory: planned %.1f MiB, grown %.1f MiB", double(rank.memory.total()) / (1 << 20),
+                                double(*record.memory_bytes - rank.resident_before) / (1 << 20)));
 
         const bool due = c.run.checkpoint_every && number % c.run.checkpoint_every == 0;
         if (due || signals.checkpoint_wanted.exchange(false)) {

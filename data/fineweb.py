@@ -1,6 +1,7 @@
-"""FineWeb (Penedo et al. 2024), the sample of 10 billion GPT-2 tokens: 15 Parquet files of 2 GB; a document is a web page.
+"""FineWeb (Penedo et al. 2024), the sample of 10 billion GPT-2 tokens: 15 Parquet files of 2 GB.
 
---input takes Parquet files, and JSONL with a `text` field. Parquet needs the Python package pyarrow.
+A document is a web page. --input takes Parquet files, which need the Python package pyarrow, and JSONL with a `text`
+field.
 """
 
 import json

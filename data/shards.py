@@ -78,11 +78,11 @@ class Gpt2Encoder:
         try:
             import tiktoken
         except ImportError:
-            sys.exit("The GPT-2 encoder needs the Python package tiktoken: pip install tiktoken; or use --encoder bytes.")
+            sys.exit("The GPT-2 encoder needs tiktoken: pip install tiktoken; or use --encoder bytes.")
         try:
             self.encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:  # tiktoken raises whatever its download raises
-            sys.exit(f"tiktoken cannot get GPT-2's vocabulary ({error}); try again with a network, or use --encoder bytes.")
+            sys.exit(f"tiktoken cannot get GPT-2's vocabulary ({error}); try with a network, or use --encoder bytes.")
 
     def encode(self, texts):
         return self.encoding.encode_ordinary_batch(texts)
@@ -100,8 +100,10 @@ def write_vocabulary(tokens, directory):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     spelling = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    spell = lambda token: "".join(spelling[byte] for byte in token)
     ranks = {token: rank for rank, token in enumerate(tokens)}
+
+    def spell(token):
+        return "".join(spelling[byte] for byte in token)
 
     def merge_of(token):
         """The two tokens that the earlier merges leave of this one."""
@@ -164,12 +166,13 @@ def main(name, description, urls, documents):
     """The command line of a script: documents(path) yields the texts of one file of the data set."""
     here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--input", metavar="FILE", action="append", help="read this file, do not fetch anything; repeatable")
-    parser.add_argument("--output", metavar="DIR", default=os.path.join(here, name), help="default: data/%s" % name)
-    parser.add_argument("--encoder", choices=("gpt2", "bytes"), default="gpt2")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens a file")
-    parser.add_argument("--holdout-every", type=int, default=20, metavar="N", help="each N-th document is for validation")
-    parser.add_argument("--files", type=int, default=len(urls), metavar="N", help=f"fetch only the first N of {len(urls)} files")
+    add = parser.add_argument
+    add("--input", metavar="FILE", action="append", help="read this file and fetch nothing; repeatable")
+    add("--output", metavar="DIR", default=os.path.join(here, name), help=f"default: data/{name}")
+    add("--encoder", choices=("gpt2", "bytes"), default="gpt2")
+    add("--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens a file")
+    add("--holdout-every", type=int, default=20, metavar="N", help="each N-th document is for validation, 0 = none")
+    add("--files", type=int, default=len(urls), metavar="N", help=f"fetch only the first N of {len(urls)} files")
     options = parser.parse_args()
     encoder = Gpt2Encoder() if options.encoder == "gpt2" else ByteEncoder()
 

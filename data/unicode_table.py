@@ -20,8 +20,9 @@ def runs(category):
 
 
 def main():
+    version = unicodedata.unidata_version
     print(f"""\
-// Which code points are letters (\\p{{L}}) and numbers (\\p{{N}}) in Unicode {unicodedata.unidata_version}, for data/bpe.h.
+// Which code points are letters (\\p{{L}}) and numbers (\\p{{N}}) in Unicode {version}, for data/bpe.h.
 // Written by data/unicode_table.py: lengths of the stretches outside, inside, outside ... the class, from 0 on.
 #pragma once
 
@@ -34,4 +35,5 @@ def main():
     print("// clang-format on")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -28,11 +28,11 @@ python3-torch        /usr/lib/python3/dist-packages/torch              PyTorch, 
 python3-pytest       /usr/lib/python3/dist-packages/pytest             tests of the program from outside
 python3-numpy        /usr/lib/python3/dist-packages/numpy              reads tensors in those tests
 python3-matplotlib   /usr/lib/python3/dist-packages/matplotlib         dev/plot.py draws loss curves
-python3-venv         /usr/share/doc/python3-venv                       environments for Python packages that Debian lacks
+python3-venv         /usr/lib/python3.11/ensurepip                     environments for Python packages that Debian lacks
 END
     [ "$set_name" = testing ] && return
     cat <<'END'
-python3-dev          /usr/share/doc/python3-dev                        torch.compile builds against Python's headers
+python3-dev          include:python3.11/Python.h                       torch.compile builds against Python's headers
 END
 }
 
@@ -68,7 +68,7 @@ if [ -n "$missing" ]; then
         fi
         as_root="sudo"
     fi
-    echo "Installing them with apt-get."
+    echo "Installing them with apt-get (it writes to build/setup.log)."
     install() {
         # shellcheck disable=SC2086  # the list is split on purpose
         $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $missing </dev/null
@@ -85,17 +85,17 @@ if [ -n "$missing" ]; then
     fi
 fi
 
-# An environment of Debian's Python, which sees Debian's packages, with packages from PyPI.
-environment() {  # directory, a file in site-packages that tells that it is complete, reason, arguments of pip
-    directory=$1 complete=$2 reason=$3
-    shift 3
+# An environment of Debian's Python with packages from PyPI.
+environment() {  # directory, what tells that it is complete, reason, option of venv, arguments of pip
+    directory=$1 complete=$2 reason=$3 option=$4
+    shift 4
     for found in "$directory"/lib/python3*/site-packages/$complete; do
         [ -e "$found" ] && return
     done
     echo "Making $directory: $reason"
     rm -rf "$directory"
     mkdir -p build
-    if ! { /usr/bin/python3 -m venv --system-site-packages "$directory" &&
+    if ! { /usr/bin/python3 -m venv $option "$directory" &&
            "$directory/bin/pip" install --quiet --disable-pip-version-check "$@"; } >build/setup.log 2>&1 </dev/null; then
         tail -n 20 build/setup.log >&2
         rm -rf "$directory"
@@ -105,8 +105,10 @@ environment() {  # directory, a file in site-packages that tells that it is comp
 }
 if [ "$set_name" != building ]; then
     environment build/venv "transformers-4.38.2.dist-info" \
-        "transformers 4.38.2, the last to work with Debian's PyTorch, loads our checkpoints" "transformers==4.38.2"
+        "transformers 4.38.2, which works with Debian's PyTorch, loads our checkpoints" \
+        --system-site-packages transformers==4.38.2
 fi
 if [ "$set_name" = benchmarks ]; then
-    environment build/venv-torch "torch-*.dist-info" "the current PyTorch, to compare the speed with" --upgrade torch numpy
+    environment build/venv-torch "torch-*.dist-info" "the current PyTorch, to compare the speed with (some GB)" \
+        "" torch numpy
 fi

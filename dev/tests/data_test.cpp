@@ -274,6 +274,22 @@ TEST_F(Data, DocumentsTrainFromEndOfTextToEndOfText) {
     }
 }
 
+TEST_F(Data, AnotherTokenizersFilesAreRefused) {
+    token_file("bytes.bin", {256, 1, 2, 3});
+    token_file("plain.bin", {1, 2, 3, 4});
+    const auto open_as_gpt2 = [&](const std::string& name, Packing packing) {
+        return Loader(open_token_files(path(name)), {packing, 2, 50257, 50256, 0, false}).samples();
+    };
+    for (const Packing packing : {Packing::contiguous, Packing::documents})
+        expect_parts(failure(EXIT_DATA, [&] { open_as_gpt2("bytes.bin", packing); }),
+                     {"bytes.bin", "id 256", "(50256)", "--tokenizer"});
+    expect_parts(failure(EXIT_DATA, [&] { open_as_gpt2("plain.bin", Packing::documents); }), {"plain.bin", "(50256)"});
+    EXPECT_EQ(open_as_gpt2("plain.bin", Packing::contiguous), 1);  // a stream needs no documents
+    token_file("empty.bin", {});
+    expect_parts(failure(EXIT_DATA, [&] { loader(path("empty.bin"), Packing::documents, 4); }),
+                 {"No sample", "empty.bin"});
+}
+
 // Random documents in random shards, against the rule applied to the documents themselves.
 TEST_F(Data, EveryTargetIsTrainedOnce) {
     std::mt19937 random(11);
@@ -311,33 +327,33 @@ TEST_F(Data, EveryTargetIsTrainedOnce) {
     }
 }
 
-TEST(Permutation, IsOneToOneAndKeyed) {
+TEST(Permutation, IsOneToOneAndChangesWithTheEpoch) {
     for (int64_t n : {1, 2, 3, 4, 5, 16, 17, 100, 1000, 4096, 4097}) {
         std::set<int64_t> seen;
         for (int64_t i = 0; i < n; i++) {
-            const int64_t j = permute(i, n, 42);
+            const int64_t j = permute(i, n, 42, 3);
             ASSERT_TRUE(j >= 0 && j < n);
             seen.insert(j);
         }
         EXPECT_EQ(int64_t(seen.size()), n);
     }
-    // Few fixed points, and another order for another key: expected 1 agreement, each.
+    // Few fixed points, and another order in another epoch: 1 agreement expected, each.
     int fixed = 0, same = 0;
     for (int64_t i = 0; i < 1000; i++) {
-        fixed += permute(i, 1000, 1) == i;
-        same += permute(i, 1000, 1) == permute(i, 1000, 2);
+        fixed += permute(i, 1000, 1, 0) == i;
+        same += permute(i, 1000, 1, 0) == permute(i, 1000, 1, 1);
     }
     EXPECT_LT(fixed, 10);
     EXPECT_LT(same, 10);
     // Large n without a table.
     const int64_t n = int64_t(1) << 40;
-    for (int64_t i = 0; i < 1000; i++) EXPECT_LT(permute(i * 12345, n - 7, 5), n - 7);
+    for (int64_t i = 0; i < 1000; i++) EXPECT_LT(permute(i * 12345, n - 7, 5, 0), n - 7);
 }
 
-// Where each element goes is uniform: over many keys, position 0 reaches each of 8 places equally often.
+// Where each element goes is uniform: over many seeds, position 0 reaches each of 8 places equally often.
 TEST(Permutation, IsUniform) {
     int counts[8] = {};
-    for (uint64_t key = 0; key < 8000; key++) counts[permute(0, 8, key)]++;
+    for (uint64_t seed = 0; seed < 8000; seed++) counts[permute(0, 8, seed, 0)]++;
     for (int count : counts) EXPECT_NEAR(count, 1000, 150);  // 5 standard deviations
 }
 
@@ -583,17 +599,6 @@ TEST_F(BytePairs, DamagedVocabulariesAreRefused) {
     refused("merges.txt", "#version: 0.2\nh e\nx\n", {"line 3"});
     fs::remove(path("merges.txt"));
     expect_parts(failure(EXIT_DATA, [&] { Tokenizer("gpt2", directory); }), {"merges.txt", "No such file"});
-}
-
-TEST_F(Data, TheFirstTokenTellsTheTokenizer) {
-    token_file("bytes.bin", {256, 1});
-    token_file("gpt2.bin", {50256, 1});
-    token_file("neither.bin", {3, 256, 1});
-    token_file("empty.bin", {});
-    EXPECT_EQ(infer_tokenizer(open_token_files(path("bytes.bin"))), "bytes");
-    EXPECT_EQ(infer_tokenizer(open_token_files(path("gpt2.bin"))), "gpt2");
-    for (const char* name : {"neither.bin", "empty.bin"})
-        expect_parts(failure(EXIT_DATA, [&] { infer_tokenizer(open_token_files(path(name))); }), {name, "--tokenizer"});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

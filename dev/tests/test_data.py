@@ -1,5 +1,5 @@
-"""The scripts of data/, on local files: what they write is read here by the format's own rules, and by train_gpt's
-`tokenize` the same documents give the same shards. tiktoken is replaced by a stub, and used itself where it is installed.
+"""The scripts of data/, on local files: what they write is read here by the format's own rules, and `tokenize` makes
+the same shards of the same documents. tiktoken is replaced by a stub, and used itself where it is installed.
 """
 
 import json
@@ -126,7 +126,8 @@ def test_documents_are_held_out_and_never_cut(fixtures, tmp_path):
 
 def test_shards_equal_those_of_the_tokenize_command(fixtures, tmp_path):
     source, expected = fixtures["fineweb.py"]
-    result = run("fineweb.py", "--input", source, "--encoder", "bytes", "--output", tmp_path / "python", "--holdout-every", 2)
+    arguments = ["--input", source, "--encoder", "bytes", "--holdout-every", 2]
+    result = run("fineweb.py", *arguments, "--output", tmp_path / "python")
     assert result.returncode == 0, result.stderr
     command = [ROOT / "train_gpt", "tokenize", source, "--output", tmp_path / "ours", "--holdout-every", "2"]
     subprocess.run(command, check=True, capture_output=True)
@@ -145,9 +146,9 @@ def test_gpt2_shards_and_vocabulary_files(fixtures, tmp_path):
     assert sorted(vocab.values()) == list(range(50257))
     assert (vocab["A"], vocab["Ġ"], vocab["he"], vocab["<|endoftext|>"]) == (65, 32, 256, 50256)
     # What the script wrote, our own encoder reads: the same shard from the same text.
-    command = [ROOT / "train_gpt", "tokenize", tmp_path / "story.txt", "--tokenizer", "gpt2", "--tokenizer-dir", tmp_path / "out",
-               "--output", tmp_path / "ours"]
     (tmp_path / "story.txt").write_text(expected[0])
+    command = [ROOT / "train_gpt", "tokenize", tmp_path / "story.txt", "--output", tmp_path / "ours"]
+    command += ["--tokenizer", "gpt2", "--tokenizer-dir", tmp_path / "out"]
     subprocess.run(command, check=True, capture_output=True)
     assert documents(tmp_path / "ours", end_of_text=50256) == documents(tmp_path / "out", end_of_text=50256)[:1]
 
@@ -196,7 +197,8 @@ def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": ["one", "two"], "id": [1, 2]}), tmp_path / "pages.parquet")
-    result = run("fineweb.py", "--input", tmp_path / "pages.parquet", "--encoder", "bytes", "--output", tmp_path / "out")
+    arguments = ["--input", tmp_path / "pages.parquet", "--encoder", "bytes"]
+    result = run("fineweb.py", *arguments, "--output", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert texts(tmp_path / "out") == ["one", "two"]
 

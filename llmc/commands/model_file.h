@@ -35,19 +35,19 @@ class ModelFile {
                 int(config_.compute.threads), false};
     }
 
-    void load(Rank& rank) const {
-        if constexpr (std::is_same_v<floatX, floatS>) {
-            init_from_huggingface(directory_, {rank.options.model, rank.parameters, rank.weights});
-        } else {
-            std::vector<floatS> flat(static_cast<size_t>(flat_size(rank.parameters)));
-            init_from_huggingface(directory_, {rank.options.model, rank.parameters, flat.data()});
-            copy_rows(rank.device, Matrix<floatX>(rank.weights, 1, int64_t(flat.size())),
-                      Matrix<const floatS>(flat.data(), 1, int64_t(flat.size())));
-        }
-    }
+    void load(Rank& rank) const { load(rank, rank.weights); }
 
    private:
     const Config& config_;
     std::string directory_, tokenizer_;
     GptConfig model_;
+
+    void load(Rank& rank, floatS* weights) const {
+        init_from_huggingface(directory_, {rank.options.model, rank.parameters, weights});
+    }
+    template <class X> void load(Rank& rank, X* weights) const {  // files hold more precision than is kept
+        std::vector<floatS> flat(static_cast<size_t>(flat_size(rank.parameters)));
+        load(rank, flat.data());
+        copy_rows(rank.device, Matrix<X>(weights, 1, int64_t(flat.size())), Matrix<floatS>(flat.data(), 1, int64_t(flat.size())));
+    }
 };

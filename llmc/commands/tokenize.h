@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "llmc/data/token_file.h"
 #include "llmc/data/tokenizer.h"
 #include "llmc/io/json.h"
 

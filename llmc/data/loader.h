@@ -11,9 +11,11 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "llmc/data/token_file.h"
+#include "llmc/kernels/random.h"
 
 enum class Packing { contiguous, documents };
 
@@ -30,22 +32,18 @@ struct LoaderOptions {
     bool shuffle = true;
 };
 
-// A permutation of [0, n) without a table: a Feistel network on the smallest even number of bits that holds n, whose
-// round function is keyed by `key`; results outside [0, n) go through it again until they fall inside.
-inline int64_t permute(int64_t i, int64_t n, uint64_t key) {
-    const auto mix = [](uint64_t x) {  // the finalizer of splitmix64
-        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-        x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-        return x ^ (x >> 31);
-    };
+// A permutation of [0, n) without a table, one for each seed and epoch: a Feistel network on the smallest even number
+// of bits that holds n; results outside [0, n) go through it again until they fall inside.
+inline int64_t permute(int64_t i, int64_t n, uint64_t seed, uint64_t epoch) {
+    constexpr uint64_t rounds = 6;
     int half = 1;
     while (n - 1 >= int64_t(1) << (2 * half)) half++;
     const uint64_t mask = (uint64_t(1) << half) - 1;
     uint64_t x = uint64_t(i);
     do {
         uint64_t left = x >> half, right = x & mask;
-        for (uint64_t round = 1; round <= 6; round++) {
-            left ^= mix(mix(key + round * 0x9e3779b97f4a7c15u) + right) & mask;
+        for (uint64_t round = 0; round < rounds; round++) {
+            left ^= hash_counter(seed, epoch * rounds + round, right) & mask;
             std::swap(left, right);
         }
         x = left << half | right;
@@ -57,10 +55,12 @@ class Loader {
 public:
     Loader(std::vector<TokenFile> files, const LoaderOptions& options) : shards(std::move(files)), options(options) {
         const bool documents = options.packing == Packing::documents;
+        bool ends = false;  // whether there is an end-of-text
         for (const TokenFile& file : shards) {
             shard_begin.push_back(stream_length);
             const std::vector<int64_t> found = file.scan(options.vocab, options.end_of_text);
             if (documents) index_documents(file, found);
+            ends |= !found.empty();
             stream_length += file.size();
         }
         if (documents) {
@@ -69,11 +69,18 @@ public:
         } else {
             epoch_samples = std::max<int64_t>(0, (stream_length - 1) / options.context);
         }
+        const std::string names = (shards.empty() ? "no file" : shards[0].path()) + " (" +
+                                  std::to_string(shards.size()) + " file(s), " + std::to_string(stream_length) +
+                                  " tokens)";
         if (epoch_samples == 0)
-            throw Failure(EXIT_DATA, "No sample can be cut from " + (shards.empty() ? "no file" : shards[0].path()) +
-                                         " and " + std::to_string(shards.size()) + " file(s) in all, " +
-                                         std::to_string(stream_length) + " tokens, at a context of " +
+            throw Failure(EXIT_DATA, "No sample can be cut from " + names + " at a context of " +
                                          std::to_string(options.context) + "; give more text, or a shorter --context.");
+        // The format has no field for the tokenizer, but end-of-text, which stands first, differs.
+        const int32_t first = read(0).tokens[0];
+        if (!ends && (documents || first == 256 || first == 50256))
+            throw Failure(EXIT_DATA, "No end-of-text (" + std::to_string(options.end_of_text) + ") is in " + names +
+                                         ", which begins with the id " + std::to_string(first) +
+                                         ": it was made with another tokenizer, choose that with --tokenizer.");
     }
 
     int64_t samples() const { return epoch_samples; }        // in an epoch
@@ -81,8 +88,7 @@ public:
 
     Sample sample(int64_t global_index) const {
         const int64_t epoch = global_index / epoch_samples, place = global_index % epoch_samples;
-        const uint64_t key = options.seed * 0xd1342543de82ef95u + uint64_t(epoch);
-        return read(options.shuffle ? permute(place, epoch_samples, key) : place);
+        return read(options.shuffle ? permute(place, epoch_samples, options.seed, uint64_t(epoch)) : place);
     }
 
 private:

@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "llmc/data/bpe.h"
-#include "llmc/data/token_file.h"
 
 class Tokenizer {
 public:
@@ -74,15 +73,3 @@ private:
         return *pairs;
     }
 };
-
-// The name of the tokenizer that token files were made with: llm.c's format has no field for it, but the first token of
-// the first shard is end-of-text, whose id differs.
-inline std::string infer_tokenizer(const std::vector<TokenFile>& files) {
-    int32_t first = -1;
-    if (files.at(0).size() > 0) files[0].read(0, 1, &first);
-    for (const char* name : {"bytes", "gpt2"})
-        if (first == Tokenizer(name).end_of_text()) return name;
-    throw Failure(EXIT_DATA, "Cannot tell which tokenizer made " + files[0].path() + ": its first token is " +
-                                 std::to_string(first) + ", expected end-of-text, 256 for bytes or 50256 for gpt2; " +
-                                 "give --tokenizer.");
-}

@@ -122,18 +122,53 @@ void attention_backward_reference(const Device& device, Matrix<X> dq, Matrix<con
     }
 }
 
-inline size_t attention_scratch_bytes(int threads, int64_t head_size, int /*heads*/, int64_t /*tokens*/) {
-    return size_t(threads) * 2 * head_size * sizeof(floatS);
+// ---------------------------------------------------------------------------------------------------------------------
+// The calls. Storage and CPU choose the form: fp64 takes the loops above; otherwise blocks, whose products are fp32 (bf16
+// storage is widened as it is packed) or, where the CPU has them, of bf16 pairs.
+
+#if !defined(PRECISION_FP64)
+#include "attention_blocks.h"
+#endif
+
+// call.template operator()<Blocks>() with the blocks for `isa`; void for the loops.
+template <class Call> auto attention_dispatch(Isa isa, Call call) {
+#if defined(PRECISION_FP64)
+    (void)isa;
+    return call.template operator()<void>();
+#else
+#if defined(PRECISION_BF16)
+    if (isa >= Isa::amx) return call.template operator()<AttentionBf16<true>>();
+    if (isa >= Isa::avx512_bf16) return call.template operator()<AttentionBf16<false>>();
+#endif
+    if (isa >= Isa::avx512) return call.template operator()<AttentionAvx512>();
+    return call.template operator()<AttentionAvx2>();
+#endif
+}
+
+// Bytes of device.scratch that both directions need for chunks of up to `tokens` tokens.
+inline size_t attention_scratch_bytes(int threads, int64_t head_size, int heads, int64_t tokens, Isa isa = cpu_isa()) {
+    return attention_dispatch(isa, [&]<class Blocks>() -> size_t {
+        if constexpr (std::is_void_v<Blocks>) return size_t(threads) * 2 * head_size * sizeof(floatS);
+        else return attention_blocks_scratch_bytes<Blocks>(threads, head_size, heads, tokens);
+    });
 }
 
 inline void attention_forward(const Device& device, Matrix<floatX> out /*[N,C]*/, Matrix<floatS> lse /*[N,NH]*/,
-                              Matrix<const floatX> q /*[N,C]*/, std::span<const AttentionSegment> segments, int heads) {
-    attention_forward_reference<floatX, floatS>(device, out, lse, q, segments, heads);
+                              Matrix<const floatX> q /*[N,C]*/, std::span<const AttentionSegment> segments, int heads,
+                              Isa isa = cpu_isa()) {
+    attention_dispatch(isa, [&]<class Blocks>() {
+        if constexpr (std::is_void_v<Blocks>) attention_forward_reference<floatX, floatS>(device, out, lse, q, segments, heads);
+        else attention_forward_blocks<Blocks>(device, out, lse, q, segments, heads);
+    });
 }
 
 inline void attention_backward(const Device& device, Matrix<floatX> dq /*[N,C]*/, Matrix<const floatX> dout /*[N,C]*/,
                                Matrix<const floatX> out /*[N,C]*/, Matrix<const floatX> q /*[N,C]*/,
                                Matrix<const floatS> lse /*[N,NH]*/, std::span<const AttentionSegment> segments,
-                               int heads) {
-    attention_backward_reference<floatX, floatS>(device, dq, dout, out, q, lse, segments, heads);
+                               int heads, Isa isa = cpu_isa()) {
+    attention_dispatch(isa, [&]<class Blocks>() {
+        if constexpr (std::is_void_v<Blocks>)
+            attention_backward_reference<floatX, floatS>(device, dq, dout, out, q, lse, segments, heads);
+        else attention_backward_blocks<Blocks>(device, dq, dout, out, q, lse, segments, heads);
+    });
 }

@@ -175,8 +175,8 @@ inline void post_attention_forward(BlockContext ctx, const LayerTensors<floatX>&
 }
 
 // The residual gradient as matrix products read it: the same memory where the types agree, else a cast copy.
-inline Matrix<const floatX> as_product_operand(const Device& device, Matrix<floatX> copy, Matrix<const floatR> rows) {
-    if constexpr (std::is_same_v<floatR, floatX>) return rows;
+inline Matrix<const floatX> as_product_operand(const Device&, Matrix<floatX>, Matrix<floatX> rows) { return rows; }
+template <class R> Matrix<const floatX> as_product_operand(const Device& device, Matrix<floatX> copy, Matrix<R> rows) {
     copy_rows(device, copy, rows);
     return copy;
 }

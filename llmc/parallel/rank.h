@@ -6,6 +6,7 @@
 #include <atomic>
 #include <map>
 
+#include "llmc/io/machine.h"
 #include "llmc/pipeline/step.h"
 
 // Bytes of one rank by kind. The kinds lie one after another in the rank's arena, a single mapping.
@@ -71,6 +72,7 @@ struct Rank {
     std::byte* workspace = nullptr;
 
     std::atomic<const Op*> current_op = nullptr;  // for SIGQUIT
+    const int64_t resident_before = resident_bytes();  // of the process, before the arena is mapped
 
     explicit Rank(const RankOptions& o) : options(o), memory(plan_memory(o)), parameters(parameter_table(o.model)) {
         const size_t bytes = size_t(memory.total());

@@ -1,0 +1,146 @@
+// Products, softmax and gradient of one pair of blocks in fp32. attention_micro.h includes this text once for each
+// vector width, inside that width's target: ATTENTION_BLOCKS names the struct, ATTENTION_VECTOR its vector.
+//
+// A product's tile of the result, `tile_rows` rows by up to three vectors, stays in registers: 24 of 32 with AVX-512,
+// 12 of 16 with AVX2. The left operand is broadcast element by element, so it may also be read across, as its
+// transpose, and needs no second copy.
+struct ATTENTION_BLOCKS {
+    using V = ATTENTION_VECTOR;
+    using Vec = V::Vec;
+    using Packed = float;
+    static constexpr int64_t lanes = V::lanes, tile_rows = V::lanes / 2;
+    static constexpr int64_t width_multiple = 16, row_multiple = 8, lane_multiple = V::lanes;
+    static constexpr int64_t forward_panel = 48, forward_block = 64, backward_panel = 48, backward_block = 64;
+    static constexpr int64_t forward_group = 8 * forward_panel, backward_group = 512;
+    static constexpr bool pairs = false;
+
+    struct Thread {};  // nothing to set up in a thread
+
+    // Operands as the products want them, from rows [n][width].
+    static void pack_right(float*, const float*, int64_t, int64_t) {}
+    static void pack_right_across(float* to, const float* rows, int64_t n, int64_t width) {
+        transpose_words(to, n, rows, width, n, width);
+    }
+    static LeftOperand<float> pack_left_across(float*, const float* rows, float*, int64_t, int64_t width) {
+        return {rows, 1, width};
+    }
+
+    // c[m][n] (+)= a[m][k] b[k][n]
+    static void product(float* c, int64_t c_stride, LeftOperand<float> a, const float* b, int64_t b_stride, int64_t m,
+                        int64_t n, int64_t k, bool accumulate) {
+        for_columns(n, [&](int64_t j, auto vecs) {
+            for (int64_t i = 0; i < m; i += tile_rows) {
+                const auto run = a.step == 1 ? tile<vecs.value, false> : tile<vecs.value, true>;
+                run(c + i * c_stride + j, c_stride, a.data + i * a.row, a.row * a.step, b + j, b_stride, k, accumulate);
+            }
+        });
+    }
+
+    // Scores s [rows][stride] of a key block become probabilities exp2(scale s - largest); the running maximum and sum
+    // of each query and the outputs o [width][stride] so far follow a new maximum.
+    static void softmax(float* s, float*, int64_t rows, int64_t stride, int64_t n, float scale, float* largest,
+                        float* total, float* o, int64_t width) {
+        for_columns(n, [&](int64_t j, auto vecs) {
+            constexpr int VECS = vecs.value;
+            Vec even[VECS], odd[VECS], sum[VECS];
+#pragma GCC unroll 3
+            for (int v = 0; v < VECS; v++)
+                even[v] = V::load(s + j + v * lanes), odd[v] = V::load(s + stride + j + v * lanes), sum[v] = Vec{};
+            for (int64_t r = 2; r < rows; r += 2)
+#pragma GCC unroll 3
+                for (int v = 0; v < VECS; v++) {
+                    even[v] = V::max(even[v], V::load(s + r * stride + j + v * lanes));
+                    odd[v] = V::max(odd[v], V::load(s + (r + 1) * stride + j + v * lanes));
+                }
+            bool raised = false;
+#pragma GCC unroll 3
+            for (int v = 0; v < VECS; v++) {
+                even[v] = V::max(even[v], odd[v]) * scale;
+                raised |= V::any_greater(even[v], V::load(largest + j + v * lanes));
+            }
+            if (raised) {
+                Vec factor[VECS];
+#pragma GCC unroll 3
+                for (int v = 0; v < VECS; v++) {
+                    const Vec before = V::load(largest + j + v * lanes), now = V::max(even[v], before);
+                    factor[v] = V::template exp2<6>(before - now);
+                    V::store(largest + j + v * lanes, now);
+                    V::store(total + j + v * lanes, V::load(total + j + v * lanes) * factor[v]);
+                }
+                for (int64_t r = 0; r < width; r++)
+#pragma GCC unroll 3
+                    for (int v = 0; v < VECS; v++) {
+                        float* at = o + r * stride + j + v * lanes;
+                        V::store(at, V::load(at) * factor[v]);
+                    }
+            }
+#pragma GCC unroll 3
+            for (int v = 0; v < VECS; v++) even[v] = V::load(largest + j + v * lanes);
+            for (int64_t r = 0; r < rows; r++)
+#pragma GCC unroll 3
+                for (int v = 0; v < VECS; v++) {
+                    float* at = s + r * stride + j + v * lanes;
+                    const Vec p = V::template exp2<6>(V::load(at) * scale - even[v]);
+                    V::store(at, p);
+                    sum[v] += p;
+                }
+#pragma GCC unroll 3
+            for (int v = 0; v < VECS; v++) V::store(total + j + v * lanes, V::load(total + j + v * lanes) + sum[v]);
+        });
+    }
+
+    // s becomes p = exp2(scale s - lse), dp becomes ds = p (dp - D)
+    static void gradient(float* s, float* dp, float*, float*, float*, int64_t rows, int64_t stride, int64_t n,
+                         float scale, const float* lse, const float* D) {
+        for_columns(n, [&](int64_t j, auto vecs) {
+            for (int64_t r = 0; r < rows; r++)
+#pragma GCC unroll 3
+                for (int v = 0; v < vecs.value; v++) {
+                    const int64_t at = r * stride + j + v * lanes, lane = j + v * lanes;
+                    const Vec p = V::template exp2<6>(V::load(s + at) * scale - V::load(lse + lane));
+                    V::store(s + at, p);
+                    V::store(dp + at, p * (V::load(dp + at) - V::load(D + lane)));
+                }
+        });
+    }
+
+private:
+    template <int N> struct Count { static constexpr int value = N; };
+
+    // n is a multiple of the vector; four vectors are better split into two and two than into three and one.
+    template <class Body> static void for_columns(int64_t n, Body body) {
+        for (int64_t j = 0; j < n;) {
+            const int64_t left = (n - j) / lanes;
+            if (left >= 3 && left != 4) body(j, Count<3>()), j += 3 * lanes;
+            else if (left >= 2) body(j, Count<2>()), j += 2 * lanes;
+            else body(j, Count<1>()), j += lanes;
+        }
+    }
+
+    template <int VECS, bool ACROSS>
+    static void tile(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                     int64_t k, bool accumulate) {
+        Vec sum[tile_rows][VECS];
+#pragma GCC unroll 8
+        for (int r = 0; r < tile_rows; r++)
+#pragma GCC unroll 3
+            for (int v = 0; v < VECS; v++) sum[r][v] = accumulate ? V::load(c + r * c_stride + v * lanes) : Vec{};
+        for (int64_t l = 0; l < k; l++, b += b_stride) {
+            Vec right[VECS];
+#pragma GCC unroll 3
+            for (int v = 0; v < VECS; v++) right[v] = V::load(b + v * lanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < tile_rows; r++) {
+                const Vec left = V::fill(ACROSS ? a[l * a_stride + r] : a[r * a_stride + l]);
+#pragma GCC unroll 3
+                for (int v = 0; v < VECS; v++) sum[r][v] += left * right[v];
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < tile_rows; r++)
+#pragma GCC unroll 3
+            for (int v = 0; v < VECS; v++) V::store(c + r * c_stride + v * lanes, sum[r][v]);
+    }
+};
+#undef ATTENTION_BLOCKS
+#undef ATTENTION_VECTOR

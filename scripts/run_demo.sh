@@ -1,0 +1,31 @@
+#!/bin/sh
+# What `make run` does once ./train_gpt is built: a corpus from this machine's C/C++ headers and the project's sources,
+# a minute of training, text sampled from the result. All of it lies in runs/demo, which each run begins anew.
+set -eu
+cd "$(dirname "$0")/.."
+run=runs/demo
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "Corpus: one document per file, every 20th held out"
+rm -rf "$run"
+corpus="README.md Makefile train_gpt.cu test_gpt.cu llmc dev scripts"
+headers=$(find /usr/include -type f \( -name '*.h' -o -name '*.hpp' \) 2>/dev/null | wc -l)
+if [ "$headers" -ge 500 ]; then
+    corpus="$corpus /usr/include"
+else
+    echo "/usr/include has only $headers headers, so the corpus is the project's own sources."
+fi
+files=""
+for path in $corpus; do [ -e "$path" ] && files="$files $path"; done
+# shellcheck disable=SC2086  # the list is split on purpose
+./train_gpt tokenize $files --extensions h,hpp,hh,cuh,cu,cpp,py,sh,md --max-bytes 32000000 --holdout-every 20 --output "$run/data"
+
+say "Training: tiny (4 layers, 192 channels, 4 heads, context 256, bytes)"
+./train_gpt train --model tiny --run-dir "$run" --data "$run/data/train_*.bin" --val-data "$run/data/val_*.bin" \
+    --steps "${STEPS:-500}" --batch-tokens 2048 --lr 3e-3 --warmup 20 "$@"
+
+say "A sample: ./train_gpt generate --checkpoint $run --prompt '#include <'"
+./train_gpt generate --checkpoint "$run" --prompt '#include <' --tokens 400 --temperature 0.7 --top-k 40
+
+say "Done. The loss of every step is in $run/metrics.jsonl; dev/plot.py draws it, dev/plot.py --help tells how."

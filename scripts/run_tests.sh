@@ -1,0 +1,45 @@
+#!/bin/bash
+# Runs every test that `make test` has built, and the Python tests: black box, plots, comparison with PyTorch. Ends with
+# the line `N passed, N failed`, and with status 1 if a test failed. Output of what passes goes to build/logs.
+#
+# Each suite ends its output with GoogleTest's lines, pytest's line, or `N passed, N failed`; one that crashes, or runs
+# no test, counts as a failed test.
+set -u
+cd "$(dirname "$0")/.."
+mkdir -p build/logs
+passed=0 failed=0
+
+count() { grep -oE "$1" | grep -oE '[0-9]+' | tail -n 1; }
+
+suite() {  # name, command...
+    local name=$1 log=build/logs/$1.log start=$SECONDS status good bad
+    shift
+    "$@" >"$log" 2>&1 </dev/null
+    status=$?
+    good=$(count '\[  PASSED  \] [0-9]+ test|(^|[ =])[0-9]+ passed' <"$log")
+    bad=$(count '\[  FAILED  \] [0-9]+ test|(^|[ =,])[0-9]+ failed|[0-9]+ error' <"$log")
+    good=${good:-0} bad=${bad:-0}
+    if [ "$bad" = 0 ] && { [ $status != 0 ] || [ "$good" = 0 ]; }; then
+        bad=1
+        echo "$name: exit status $status after $good passed tests" >>"$log"
+    fi
+    printf '  %-28s %5d passed %3d failed %5d s\n' "$name" "$good" "$bad" $((SECONDS - start))
+    [ "$bad" = 0 ] || { echo "---- $log"; tail -n 60 "$log"; echo "----"; }
+    passed=$((passed + good)) failed=$((failed + bad))
+}
+
+for program in build/tests/*_test build/tests/fuzz_*; do
+    source=dev/tests/$(basename "$program").cpp
+    [ -x "$program" ] && [ -f "$source" ] && suite "$(basename "$program")" "$program"
+done
+for precision in fp32 bf16 fp64; do
+    program=build/cpu-$precision/test_gpt
+    [ -x "$program" ] && suite "test_gpt-$precision" "$program"
+done
+for script in dev/tests/test_*.py; do
+    [ -f "$script" ] && suite "$(basename "$script" .py)" build/venv/bin/python -m pytest -q -p no:cacheprovider "$script"
+done
+
+echo
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
