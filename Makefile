@@ -79,7 +79,8 @@ check-format:  ## fail if `make format` would change something
 	clang-format --dry-run --Werror $(SOURCES)
 
 tidy:  ## clang-tidy with the list in .clang-tidy (apt-get install clang-tidy)
-	clang-tidy --quiet train_gpt.cu -- -x c++ $(filter-out -M%,$(BASE)) -DPRECISION_FP32
+	clang-tidy --quiet train_gpt.cu -- -x c++ $(filter-out -M%,$(BASE)) -DPRECISION_FP32 \
+	    -idirafter $(shell $(CXX) -print-file-name=include)
 
 clean:  ## delete what was built; the Python environments, slow to make, stay
 	rm -rf train_gpt test_gpt $(filter-out build/venv%,$(wildcard build/*))

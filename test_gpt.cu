@@ -3,11 +3,15 @@
 //   test_gpt dump DIR     one step of the case in DIR, with every tensor that passes between embed, pre, attention, post
 //                         and head and every gradient; then case["steps"] optimizer steps on the same batch
 //   test_gpt adamw DIR    the optimizer alone, fed DIR/gradients.safetensors
+//   test_gpt logits DIR   the logits of case["checkpoint"] after each of case["tokens"], as `generate` computes them
 //
-// Both read DIR/case.json and DIR/weights.safetensors and write DIR/ours.safetensors; dev/reference/compare.py says what
-// the names mean and holds the other side, PyTorch.
+// All read DIR/case.json and write DIR/ours.safetensors; the first two start from DIR/weights.safetensors.
+// dev/reference/compare.py says what the names mean and holds the other side, PyTorch.
 #define TESTING
 #include "train_gpt.cu"
+
+// the decoder
+#include "llmc/commands/generate.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensors by name
@@ -214,12 +218,33 @@ void adamw_alone(const std::string& directory) {
     write_tensors(directory + "/ours.safetensors", tensors);
 }
 
+void logits(const std::string& directory) {
+    const nlohmann::json json = read_json_file(directory + "/case.json");
+    Config c;
+    c.run.checkpoint = json["checkpoint"];
+    c.compute.threads = json["threads"];
+    const ModelFile file(c);
+    Rank rank(file.rank_options());
+    file.load(rank);
+    Decoder decoder(rank);
+    const std::vector<int32_t> tokens = json["tokens"];
+    NamedTensors tensors;
+    NamedTensor& rows = tensors["logits"];
+    rows.shape = {int64_t(tokens.size()), rank.options.model.vocab};
+    for (const int32_t& token : tokens) {
+        const floatX* row = decoder.append({&token, 1});
+        rows.values.insert(rows.values.end(), row, row + rank.options.model.vocab);
+    }
+    write_tensors(directory + "/ours.safetensors", tensors);
+}
+
 int main(int argc, char** argv) {
     try {
         const std::string mode = argc == 3 ? argv[1] : "";
         if (mode == "dump") dump(argv[2]);
         else if (mode == "adamw") adamw_alone(argv[2]);
-        else throw Failure(EXIT_CONFIG, "usage: test_gpt dump DIR | test_gpt adamw DIR");
+        else if (mode == "logits") logits(argv[2]);
+        else throw Failure(EXIT_CONFIG, "usage: test_gpt dump|adamw|logits DIR");
         return 0;
     } catch (const Failure& failure) {
         std::fprintf(stderr, "%s\n", failure.what());

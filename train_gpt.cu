@@ -373,6 +373,27 @@ int training_loop(Training& run, Signals& signals, MetricsWriter& metrics, Conso
     return run.state.step < last ? EXIT_REQUEUE : 0;
 }
 
+// What this run is, before its first step.
+void print_start(const Training& run, const std::string& weights_from, double peak_gflops) {
+    const Config& c = run.config;
+    const GptConfig& g = run.rank.options.model;
+    const auto tokens_text = [](const Loader& loader) {
+        return std::to_string(loader.stream_tokens()) + " tokens, " + std::to_string(loader.samples()) + " samples an epoch";
+    };
+    print_table("run " + c.run.dir,
+                {{"device", "CPU, " + std::to_string(c.compute.threads) + " threads, " + isa_name(cpu_isa()) + ", " PRECISION_NAME +
+                                format(", measured matrix peak %.0f GFLOP/s", peak_gflops)},
+                 {"model", c.model.name + ": " + std::to_string(g.layers) + " layers, " + std::to_string(g.channels) + " channels, " +
+                               std::to_string(g.heads) + " heads, context " + std::to_string(g.context) + ", vocabulary " +
+                               std::to_string(g.vocab) + (g.tied ? ", tied head, " : ", untied head, ") +
+                               std::to_string(parameter_count(g)) + " parameters"},
+                 {"weights", "from " + weights_from},
+                 {"data", c.data.train + ": " + tokens_text(run.loader) + ", " + c.data.packing},
+                 {"validation", run.val_loader ? c.data.val + ": " + tokens_text(*run.val_loader) : "off: no --val-data"},
+                 {"step", std::to_string(c.data.batch_tokens) + " tokens in chunks of at most " +
+                              std::to_string(c.data.chunk_tokens) + ", recompute " + c.compute.recompute}});
+}
+
 int train_command(Config c) {
     if (!c.run.init_from.empty() && !c.model.layers) {  // sizes come with the weights
         const GptConfig found = read_model_config(c.run.init_from);
@@ -388,30 +409,36 @@ int train_command(Config c) {
     if (c.run.dry_run) return 0;
     check_memory(c, plan);
 
-    Rank* running = nullptr;  // for SIGQUIT
+    std::atomic<Rank*> running = nullptr;  // for SIGQUIT
     Signals signals([&] {
-        const Op* op = running ? running->current_op.load() : nullptr;
+        Rank* rank = running;
+        const Op* op = rank ? rank->current_op.load() : nullptr;
         return "rank 0: " + (op ? op_name(*op) : std::string("between steps"));
     });
-    const Tokenizer tokenizer(c.data.tokenizer, c.data.tokenizer_dir);
+    const Tokenizer tokenizer(c.data.tokenizer);
     std::optional<Loader> val_loader;
     if (!c.data.val.empty()) val_loader.emplace(open_token_files(c.data.val), loader_options(c, tokenizer, false));
-    Training run{c, Rank(options), Loader(open_token_files(c.data.train), loader_options(c, tokenizer, true)),
-                 std::move(val_loader), {}, 0};
+    Loader loader(open_token_files(c.data.train), loader_options(c, tokenizer, true));
+    create_directories(c.run.dir);
+
+    Training run{c, Rank(options), std::move(loader), std::move(val_loader), {}, 0};
     running = &run.rank;
     run.state.seed = uint64_t(c.training.seed);
     run.state.tokenizer = tokenizer.name();
     run.state.end_of_text = tokenizer.end_of_text();
-    run.state.schedule = {{"kind", c.training.lr_schedule}, {"lr", c.training.lr}, {"steps", c.training.steps}};
     const std::string from = start_weights(run);
     run.state.configuration = effective_toml(c);
-
-    std::filesystem::create_directories(c.run.dir);
+    run.state.schedule = {{"kind", c.training.lr_schedule}, {"lr", c.training.lr}, {"steps", c.training.steps}};
     write_file(c.run.dir + "/config.toml", effective_toml(c));
-    const double peak_gflops = measure_matrix_peak(int(c.compute.threads));
+
+    const int threads = int(c.compute.threads);
+    const double peak_gflops = std::is_same_v<floatX, bf16> ? measure_bf16_peak(threads) : measure_fp32_peak(threads);
+    print_start(run, from, peak_gflops);
     MetricsWriter metrics(c.run.dir + "/metrics.jsonl", run.state.step);
     Console console(c.training.steps);
-    return training_loop(run, signals, metrics, console, peak_gflops);
+    const int code = training_loop(run, signals, metrics, console, peak_gflops);
+    running = nullptr;
+    return code;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

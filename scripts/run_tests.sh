@@ -12,12 +12,13 @@ passed=0 failed=0
 count() { grep -oE "$1" | grep -oE '[0-9]+' | tail -n 1; }
 
 suite() {  # name, command...
-    local name=$1 log=build/logs/$1.log start=$SECONDS status good bad
+    local name=$1 log=build/logs/$1.log start=$SECONDS status summary good bad
     shift
     "$@" >"$log" 2>&1 </dev/null
     status=$?
-    good=$(count '\[  PASSED  \] [0-9]+ test|(^|[ =])[0-9]+ passed' <"$log")
-    bad=$(count '\[  FAILED  \] [0-9]+ test|(^|[ =,])[0-9]+ failed|[0-9]+ error' <"$log")
+    summary=$(grep -E '^\[  (PASSED|FAILED)  \] [0-9]+ test' "$log"; tail -n 1 "$log")
+    good=$(count 'PASSED  \] [0-9]+|[0-9]+ passed' <<<"$summary")
+    bad=$(count 'FAILED  \] [0-9]+|[0-9]+ (failed|error)' <<<"$summary")
     good=${good:-0} bad=${bad:-0}
     if [ "$bad" = 0 ] && { [ $status != 0 ] || [ "$good" = 0 ]; }; then
         bad=1

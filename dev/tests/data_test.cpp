@@ -646,6 +646,7 @@ TEST_F(TokenizeCommand, FilesDirectoriesAndJsonl) {
     text_file("tree/lines.h.jsonl", "{\"text\": \"not asked for either\"}");
     fs::create_symlink(path("tree"), path("tree/a/loop"));
     fs::create_symlink(path("tree/b.h"), path("tree/link.h"));
+    fs::create_symlink(path("none"), path("tree/broken.h"));
     const std::string jsonl = text_file(
         "d.jsonl", "{\"text\": \"caf\\u00e9\\n\", \"id\": 1}\n\n{\"text\": \"\"}\r\n{\"id\": 2, \"text\": \"last\"}");
     options.inputs = {path("tree"), jsonl, text_file("single.txt", "named")};

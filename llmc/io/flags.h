@@ -67,6 +67,9 @@ struct Config {
         std::string output;
         int64_t holdout_every = 20, max_bytes = 0, shard_tokens = 100'000'000;
     } tokenize;
+    struct {
+        bool json = false;
+    } doctor;
 
     std::set<std::string> given;  // names of the flags set by the user, not by default
     bool is_given(const std::string& flag) const { return given.count(flag) > 0; }
@@ -209,6 +212,8 @@ inline const std::vector<Flag>& flag_table() {
         {"max-bytes", TOKENIZE, IN(tokenize, max_bytes),
          "most bytes of text, chosen by a hash of the path; 0 = all", count},
         {"shard-tokens", TOKENIZE, IN(tokenize, shard_tokens), "tokens of one file", {1, (1LL << 31) - 1}},
+
+        {"json", DOCTOR, IN(doctor, json), "print one JSON object instead of tables"},
     };
     // clang-format on
 #undef IN

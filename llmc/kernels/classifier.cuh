@@ -16,13 +16,17 @@
 // Loss of one row; its logits become the gradient if wanted.
 WIDE inline floatS classifier_row(floatX* x /*[V]*/, int64_t V, int32_t target, floatS dloss, bool want_gradient) {
     floatS top = -std::numeric_limits<floatS>::infinity();
-#pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < V; j++) top = floatS(x[j]) > top ? floatS(x[j]) : top;
-
-    double total = 0;  // of blocks of 1024, so that rounding does not grow with the vocabulary
-    for (int64_t j = 0; j < V; j += 1024)
-        total += sum_in_lanes<floatS>(j, std::min(V, j + 1024),
-                                      [=](int64_t k) WIDE { return exp_nonpositive(floatS(x[k]) - top); });
+    double total =
+        0;  // relative to the top so far, by blocks: each is read once from memory, and rounding does not grow
+    for (int64_t begin = 0; begin < V; begin += 4096) {
+        const int64_t end = std::min(V, begin + 4096);
+        prefetch(x + end, 4096);
+        const floatS new_top = std::max(top, max_in_lanes<floatS>(begin, end, [=](int64_t j) WIDE { return x[j]; }));
+        total *= std::exp(double(top - new_top));
+        total +=
+            sum_in_lanes<floatS>(begin, end, [=](int64_t j) WIDE { return exp_nonpositive(floatS(x[j]) - new_top); });
+        top = new_top;
+    }
     const floatS at_target = floatS(x[target]) - top;
 
     if (want_gradient) {

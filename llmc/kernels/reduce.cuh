@@ -8,14 +8,20 @@
 #include "llmc/kernels/simd.h"
 
 template <class Term>
-double sum_of_terms(const Device& device, int64_t n, const Term& term) {
-    constexpr int64_t blocks = 256;
+double sum_of_terms(const Device& device, const floatS* x /*[n]*/, int64_t n, const Term& term) {
+    constexpr int64_t blocks = 256, piece = 4096;
     const int64_t length = round_up(ceil_div(n, blocks), 64);
-    double partial[blocks];
+    double partial[blocks] = {};
 #pragma omp parallel for num_threads(device.threads) schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
-        const int64_t begin = std::min(n, b * length), end = std::min(n, begin + length);
-        run_widest([&]() WIDE { partial[b] = sum_in_lanes<double>(begin, end, term); });
+        const int64_t block_end = std::min(n, (b + 1) * length);
+        for (int64_t begin = b * length; begin < block_end; begin += piece) {
+            const int64_t end = std::min(block_end, begin + piece);
+            prefetch(x + end, piece);
+            run_widest([&]() WIDE {
+                partial[b] += sum_in_lanes<double>(begin, end, [&](int64_t i) WIDE { return term(double(x[i])); });
+            });
+        }
     }
     double total = 0;
     for (double p : partial) total += p;
@@ -23,12 +29,12 @@ double sum_of_terms(const Device& device, int64_t n, const Term& term) {
 }
 
 inline double sum(const Device& device, const floatS* x /*[n]*/, int64_t n) {
-    return sum_of_terms(device, n, [=](int64_t i) WIDE { return double(x[i]); });
+    return sum_of_terms(device, x, n, [](double value) WIDE { return value; });
 }
 
 // Squares are taken in double: those of fp32 values overflow at 1.8e19 and vanish below 1e-23.
 inline double sum_of_squares(const Device& device, const floatS* x /*[n]*/, int64_t n) {
-    return sum_of_terms(device, n, [=](int64_t i) WIDE { return double(x[i]) * double(x[i]); });
+    return sum_of_terms(device, x, n, [](double value) WIDE { return value * value; });
 }
 
 // Index of the first infinity or NaN in x, -1 if there is none. x - x is 0 exactly when x is finite.
@@ -40,6 +46,7 @@ int64_t first_nonfinite(const Device& device, const T* x /*[n]*/, int64_t n) {
     for (int64_t begin = 0; begin < n; begin += length) {
         if (first < begin) continue;
         const int64_t end = std::min(n, begin + length);
+        prefetch(x + end, length);
         int found = 0;
 #pragma omp simd reduction(| : found)
         for (int64_t i = begin; i < end; i++) found |= x[i] - x[i] != 0;

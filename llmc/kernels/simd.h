@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <cmath>
+#include <limits>
 
 #include "llmc/common.h"
 #include "llmc/cpu.h"
@@ -30,21 +31,38 @@ WIDE inline void assign(T& to, V value) {
 }
 WIDE inline void assign(bf16& to, float value) { to.bits = bf16(value).bits; }
 
-// term(begin) + .. + term(end - 1) in 32 interleaved sums, then added in pairs: independent chains for the adders, and
-// an error that grows with (end - begin) / 32.
-template <class Sum, class Term>
-WIDE inline Sum sum_in_lanes(int64_t begin, int64_t end, const Term& term) {
+// Combines term(begin) .. term(end - 1) in 32 interleaved lanes, then the lanes in pairs: independent chains for the
+// arithmetic units, and sums whose error grows with (end - begin) / 32.
+template <class T, class Term, class Combine>
+WIDE inline T reduce_in_lanes(int64_t begin, int64_t end, T neutral, const Term& term, const Combine& combine) {
     constexpr int64_t width = 32;
-    Sum lanes[width] = {};
+    T lanes[width];
+    for (T& lane : lanes) lane = neutral;
     int64_t i = begin;
     for (; i + width <= end; i += width)
 #pragma omp simd
-        for (int64_t lane = 0; lane < width; lane++) lanes[lane] += Sum(term(i + lane));
-    for (int64_t lane = 0; i < end; i++, lane++) lanes[lane] += Sum(term(i));
+        for (int64_t lane = 0; lane < width; lane++) lanes[lane] = combine(lanes[lane], T(term(i + lane)));
+    for (int64_t lane = 0; i < end; i++, lane++) lanes[lane] = combine(lanes[lane], T(term(i)));
 #pragma GCC unroll 5
     for (int64_t half = width / 2; half > 0; half /= 2)
-        for (int64_t lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+        for (int64_t lane = 0; lane < half; lane++) lanes[lane] = combine(lanes[lane], lanes[lane + half]);
     return lanes[0];
+}
+template <class T, class Term>
+WIDE inline T sum_in_lanes(int64_t begin, int64_t end, const Term& term) {
+    return reduce_in_lanes(begin, end, T(0), term, [](T a, T b) WIDE { return a + b; });
+}
+// Passes over NaN.
+template <class T, class Term>
+WIDE inline T max_in_lanes(int64_t begin, int64_t end, const Term& term) {
+    constexpr T lowest = -std::numeric_limits<T>::infinity();
+    return reduce_in_lanes(begin, end, lowest, term, [](T a, T b) WIDE { return b > a ? b : a; });
+}
+
+// Asks for n elements that are read next: a single stream outruns the prefetchers of the CPU, which stop at every page.
+template <class T>
+WIDE inline void prefetch(const T* p /*[n]*/, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
 }
 
 inline double exp_nonpositive(double x) { return std::exp(x); }

@@ -1,0 +1,76 @@
+// `doctor`: what was compiled in, what the machine has, what it can do (measured), and what is likely to slow a run down.
+// With --json one object, for programs such as dev/bench/cpu_vs_torch.
+#pragma once
+
+#include <cstdlib>
+#include <fstream>
+
+#include "llmc/io/config.h"
+#include "llmc/io/json.h"
+#include "llmc/io/log.h"
+#include "llmc/io/machine.h"
+#include "llmc/io/manifest.h"
+#include "llmc/kernels/peak.h"
+
+inline std::string first_line(const std::string& path) {
+    std::string line;
+    std::getline(std::ifstream(path) >> std::ws, line);
+    return line;
+}
+
+// Each is a sentence: what was found, and what to do about it.
+inline std::vector<std::string> known_problems(int threads) {
+    std::vector<std::string> problems;
+    if (cpu_isa() == Isa::avx2)
+        problems.push_back("The CPU has no AVX-512 (or HELIXTRAIN_ISA forbids it): products run at half the rate of one that has.");
+    if (std::is_same_v<floatX, bf16> && cpu_isa() < Isa::avx512_bf16)
+        problems.push_back("The CPU has no bf16 products: this build converts to fp32 and is slower than `make PRECISION=fp32`.");
+    const std::string pages = first_line("/sys/kernel/mm/transparent_hugepage/enabled");
+    if (pages.find("[never]") != std::string::npos)
+        problems.push_back("Transparent huge pages are off, which costs TLB misses: echo madvise > "
+                           "/sys/kernel/mm/transparent_hugepage/enabled");
+    double load = 0;
+    if (std::ifstream("/proc/loadavg") >> load && load > 0.5 * threads)
+        problems.push_back(format("Other programs load the machine (%.1f runnable on average): figures will be low.", load));
+    if (threads > 1 && !std::getenv("OMP_WAIT_POLICY") && load > threads)
+        problems.push_back("More runnable programs than cores: OMP_WAIT_POLICY=passive keeps idle threads from spinning.");
+    const std::string governor = first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor");
+    if (governor == "powersave") problems.push_back("The CPU's frequency governor is powersave; performance is faster.");
+    if (usable_threads() > threads)
+        problems.push_back("--threads " + std::to_string(threads) + " leaves cores idle; this process may use " +
+                           std::to_string(usable_threads()) + ".");
+    return problems;
+}
+
+inline int doctor_command(const Config& c) {
+    const int threads = int(c.compute.threads);
+    const std::map<std::string, std::string> environment = current_environment();
+    const double fp32 = measure_fp32_peak(threads), bf16_peak = measure_bf16_peak(threads), bandwidth = measure_bandwidth(threads);
+    const std::vector<std::string> problems = known_problems(threads);
+    if (c.doctor.json) {
+        std::printf("%s\n", json_text({{"environment", environment},
+                                       {"threads", threads},
+                                       {"fp32_gflops", fp32},
+                                       {"bf16_gflops", bf16_peak},
+                                       {"bandwidth_gb_per_s", bandwidth},
+                                       {"memory_available_bytes", available_memory()},
+                                       {"problems", problems}},
+                                      -1)
+                                .c_str());
+        return 0;
+    }
+    print_table("compiled in", {{"device", "CPU, built for x86-64-v3 (AVX2); wider kernels are chosen at start"},
+                                {"precision", PRECISION_NAME},
+                                {"compiler", "g++ " __VERSION__},
+                                {"ranks", "one; CUDA, MPI and NCCL are not part of this build"}});
+    print_table("machine", {{"cpu", environment.at("cpu")},
+                            {"instructions", isa_name(cpu_isa())},
+                            {"threads", std::to_string(threads)},
+                            {"memory available", bytes_text(available_memory())}});
+    print_table("measured", {{"fp32 products", format("%.0f GFLOP/s", fp32)},
+                             {"bf16 products", format("%.0f GFLOP/s", bf16_peak)},
+                             {"memory bandwidth", format("%.1f GB/s (triad)", bandwidth)}});
+    std::printf("known problems%s\n", problems.empty() ? ": none found" : "");
+    for (const std::string& problem : problems) std::printf("  - %s\n", problem.c_str());
+    return 0;
+}
