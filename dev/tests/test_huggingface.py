@@ -13,6 +13,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,9 +94,10 @@ def test_checkpoint_loads_with_from_pretrained(head, window, tmp_path, capsys):
     assert abs(loss - loss_of(model, window)) <= 1e-5
 
 
-@pytest.mark.parametrize("form", ["GPT2LMHeadModel", "GPT2Model", "untied", "float16", "sharded"])
+@pytest.mark.parametrize("form", ["GPT2LMHeadModel", "GPT2Model", "untied", "float16", "sharded", "old"])
 def test_init_from_a_model_that_transformers_saved(form, window, tmp_path, capsys):
-    """With and without the prefix `transformer.`, tied and untied, in fp32 and fp16, in one file and in several."""
+    """With and without the prefix `transformer.`, tied and untied, in fp32 and fp16, in one file and in several, and
+    with the causal masks that old files hold."""
     torch.manual_seed(7)
     config = GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=40, n_layer=3, n_head=5, bos_token_id=256,
                         eos_token_id=256, tie_word_embeddings=form != "untied")  # fmt: skip
@@ -106,6 +108,10 @@ def test_init_from_a_model_that_transformers_saved(form, window, tmp_path, capsy
         model = model.half().float()
     saved = {"GPT2Model": model.transformer, "float16": model.half()}.get(form, model)
     saved.save_pretrained(tmp_path / "gpt2", max_shard_size="100KB" if form == "sharded" else "5GB")
+    if form == "old":
+        weights = tmp_path / "gpt2" / "model.safetensors"
+        masks = {f"transformer.h.{l}.attn.bias": torch.ones(1, 1, CONTEXT, CONTEXT).tril() for l in range(3)}
+        save_file({**load_file(weights), **masks}, weights, metadata={"format": "pt"})
     wanted = loss_of(model.float(), window)
 
     first, *_ = rows = train_on_window(tmp_path, "--init-from", tmp_path / "gpt2", "--steps", 1)

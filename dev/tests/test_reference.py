@@ -97,26 +97,26 @@ def test_adamw_fed_identical_gradients(tmp_path, capsys):
     )
     wanted, ours = harness.optimized_weights(base, weights, steps), harness.run_ours(tmp_path, "adamw")
     errors = {name: harness.relative_error(ours[name], array) for name, array in wanted.items()}
-    moved = {
-        name: harness.relative_error(ours[name] - weights[name[7:]], array - weights[name[7:]])
-        for name, array in wanted.items()
-    }
-    show(capsys, f"\nAdamW, identical gradients: bound 1e-06: {max(errors.values()):.1e} of the weights, "
-                 f"{max(moved.values()):.1e} of their change")
+    show(capsys, f"\nAdamW, identical gradients: largest relative error {max(errors.values()):.1e} (bound 1e-06)")
     assert max(errors.values()) <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["packed documents, ignored targets", "heads of 64", "long and short"])
+@pytest.mark.parametrize("name", ["packed documents, ignored targets", "heads of 64", "equal windows", "long and short"])
 def test_bf16_against_autocast(name, tmp_path, capsys):
-    """Our bf16 build may be at most 1.3 times as far from exact gradients as PyTorch's autocast."""
+    """Our bf16 build may be at most 1.3 times as far from exact gradients as PyTorch's autocast. Rounding is chance: the
+    norm of the error of all gradients together, root mean square over four draws of the weights."""
     base, chunk_sizes = CASES[name]
-    weights = harness.perturbed_weights(Config(**base["model"]), seed=1)
-    exact, autocast = harness.gradients(base, weights), harness.gradients(base, weights, torch.float32, autocast=True)
-    layout = dict(base, recompute="none", chunk_tokens=chunk_sizes[-1], mlp_chunk=0, head_chunk=0)
-    harness.write_case(tmp_path, layout, weights)
-    ours = harness.run_ours(tmp_path, binary=ROOT / "build" / "cpu-bf16" / "test_gpt")
-    names = [tensor for tensor in exact if tensor.startswith("grad.")]
-    whole = lambda tensors: np.concatenate([tensors[tensor].ravel() for tensor in names])
-    error, allowed = (harness.relative_error(whole(side), whole(exact)) for side in (ours, autocast))
-    show(capsys, f"\nbf16, {name}: gradient error {error:.2e}, autocast {allowed:.2e}, ratio {error / allowed:.2f} (1.3)")
+    layout = dict(base, steps=0, recompute="none", chunk_tokens=chunk_sizes[-1], mlp_chunk=0, head_chunk=0)
+    ours, autocast = [], []
+    for seed in range(4):
+        weights = harness.perturbed_weights(Config(**base["model"]), seed)
+        exact = harness.gradients(base, weights)
+        whole = lambda tensors: np.concatenate([tensors[n].ravel() for n in exact if n.startswith("grad.")])
+        harness.write_case(tmp_path, layout, weights)
+        dumped = harness.run_ours(tmp_path, binary=ROOT / "build" / "cpu-bf16" / "test_gpt")
+        ours.append(harness.relative_error(whole(dumped), whole(exact)))
+        with_autocast = harness.gradients(base, weights, torch.float32, autocast=True)
+        autocast.append(harness.relative_error(whole(with_autocast), whole(exact)))
+    error, allowed = np.linalg.norm(ours) / 2, np.linalg.norm(autocast) / 2
+    show(capsys, f"\nbf16, {name}: gradient error {error:.2e}, autocast {allowed:.2e}, ratio {error / allowed:.2f} (bound 1.3)")
     assert error <= 1.3 * allowed

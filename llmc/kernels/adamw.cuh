@@ -17,6 +17,7 @@ struct AdamW {
     double gradient_scale = 1;  // clipping factor, multiplied into every gradient
 };
 
+// The loop vectorises only under -fno-math-errno, since std::sqrt may set errno; it is twice as slow without.
 // The master weights carry the precision; weights are their rounded copy, or the same array where the types agree.
 inline void adamw_update(const Device& device, floatX* weights /*[n]*/, floatS* master /*[n]*/,
                          const floatS* gradients /*[n]*/, floatS* m /*[n]*/, floatS* v /*[n]*/, int64_t n,

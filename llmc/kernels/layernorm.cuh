@@ -54,8 +54,6 @@ inline void residual_layernorm_forward(const Device& device, Matrix<floatR> resi
 #pragma omp parallel for num_threads(device.threads) schedule(static)
     for (int64_t i = 0; i < residual.rows; i++) {
         run_widest([&]() WIDE {
-            prefetch(a.row(i + 2), a.cols);
-            prefetch(b.row(i + 2), b.cols);
             residual_row(residual.row(i), a.row(i), b.row(i), residual.cols);
             layernorm_row(out.row(i), mean[i], rstd[i], residual.row(i), weight, bias, residual.cols);
         });

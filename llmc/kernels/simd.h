@@ -59,12 +59,6 @@ WIDE inline T max_in_lanes(int64_t begin, int64_t end, const Term& term) {
     return reduce_in_lanes(begin, end, lowest, term, [](T a, T b) WIDE { return b > a ? b : a; });
 }
 
-// Asks for n elements that are read next: a single stream outruns the prefetchers of the CPU, which stop at every page.
-template <class T>
-WIDE inline void prefetch(const T* p /*[n]*/, int64_t n) {
-    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
-}
-
 inline double exp_nonpositive(double x) { return std::exp(x); }
 
 // e^x for x <= 0, relative error 1e-7, exactly 1 at 0, 0 below -87, NaN for NaN, without branches.
