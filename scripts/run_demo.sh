@@ -1,6 +1,7 @@
 #!/bin/sh
 # What `make run` does once ./train_gpt is built: a corpus from this machine's C/C++ headers and the project's sources,
-# a minute of training, text sampled from the result. All of it lies in runs/demo, which each run begins anew.
+# about a minute of training on two cores (STEPS=N for another length), text sampled from the result. All of it lies in
+# runs/demo, which each run begins anew. Arguments go to `train_gpt train`.
 set -eu
 cd "$(dirname "$0")/.."
 run=runs/demo
@@ -23,7 +24,7 @@ for path in $corpus; do [ -e "$path" ] && files="$files $path"; done
 
 say "Training: tiny (4 layers, 192 channels, 4 heads, context 256, bytes)"
 ./train_gpt train --model tiny --run-dir "$run" --data "$run/data/train_*.bin" --val-data "$run/data/val_*.bin" \
-    --steps "${STEPS:-500}" --batch-tokens 2048 --lr 3e-3 --warmup 20 "$@"
+    --val-tokens 32768 --steps "${STEPS:-400}" --batch-tokens 2048 --lr 3e-3 --warmup 20 "$@"
 
 say "A sample: ./train_gpt generate --checkpoint $run --prompt '#include <'"
 ./train_gpt generate --checkpoint "$run" --prompt '#include <' --tokens 400 --temperature 0.7 --top-k 40

@@ -57,7 +57,8 @@ inline void for_threads(const std::function<Doubles(const Device&)>& run_case) {
         const Doubles outputs = run_case(Device{threads, scratch.data(), scratch.size()});
         if (threads == 1) first = outputs;
         ASSERT_EQ(outputs.size(), first.size());
-        EXPECT_EQ(std::memcmp(outputs.data(), first.data(), first.size() * sizeof(double)), 0) << threads << " threads";
+        const size_t bytes = first.size() * sizeof(double);
+        EXPECT_TRUE(bytes == 0 || std::memcmp(outputs.data(), first.data(), bytes) == 0) << threads << " threads";
     }
 }
 

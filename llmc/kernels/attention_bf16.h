@@ -51,42 +51,22 @@ template <bool TILES> struct AttentionBf16 {
     }
 
     // As in attention_float.h; the probabilities are written as pairs of keys, p[rows/2][stride][2].
-    static void softmax(float* s, bf16* p, int64_t rows, int64_t stride, int64_t n, float scale, float* largest,
+    static void softmax(float* s, bf16* p, int64_t rows, int64_t stride, int64_t n, float scale, float* base,
                         float* total, float* o, int64_t width) {
         for (int64_t j = 0; j < n; j += 32) {
-            Vec even[2], odd[2], sum[2] = {};
-            for (int v = 0; v < 2; v++) even[v] = V::load(s + j + 16 * v), odd[v] = V::load(s + stride + j + 16 * v);
-            for (int64_t r = 2; r < rows; r += 2)
-                for (int v = 0; v < 2; v++) {
-                    even[v] = V::max(even[v], V::load(s + r * stride + j + 16 * v));
-                    odd[v] = V::max(odd[v], V::load(s + (r + 1) * stride + j + 16 * v));
-                }
-            bool raised = false;
-            for (int v = 0; v < 2; v++) {
-                even[v] = V::max(even[v], odd[v]) * scale;
-                raised |= V::any_greater(even[v], V::load(largest + j + 16 * v));
-            }
-            if (raised)
-                for (int v = 0; v < 2; v++) {
-                    const int64_t lane = j + 16 * v;
-                    const Vec before = V::load(largest + lane), now = V::max(even[v], before);
-                    const Vec factor = V::exp2<6>(before - now);
-                    V::store(largest + lane, now);
-                    V::store(total + lane, V::load(total + lane) * factor);
-                    for (int64_t r = 0; r < width; r++)
-                        V::store(o + r * stride + lane, V::load(o + r * stride + lane) * factor);
-                }
-            for (int v = 0; v < 2; v++) even[v] = V::load(largest + j + 16 * v);
+            AttentionAvx512::raise_base<2>(s + j, rows, stride, scale, base + j, total + j, o + j, width);
+            const Vec base_j[2] = {V::load(base + j), V::load(base + j + 16)};
+            Vec sum[2] = {V::load(total + j), V::load(total + j + 16)};
             for (int64_t r = 0; r < rows; r += 2)
                 for (int v = 0; v < 2; v++) {
                     const float* at = s + r * stride + j + 16 * v;
-                    const Vec first = V::exp2<4>(V::load(at) * scale - even[v]);
-                    const Vec second = V::exp2<4>(V::load(at + stride) * scale - even[v]);
+                    const Vec first = V::exp2<4>(V::load(at) * scale - base_j[v]);
+                    const Vec second = V::exp2<4>(V::load(at + stride) * scale - base_j[v]);
                     sum[v] += first + second;
                     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
                     _mm512_storeu_si512(p + r * stride + 2 * (j + 16 * v), _mm512_permutexvar_epi16(alternate<0, 16>(), both));
                 }
-            for (int v = 0; v < 2; v++) V::store(total + j + 16 * v, V::load(total + j + 16 * v) + sum[v]);
+            for (int v = 0; v < 2; v++) V::store(total + j + 16 * v, sum[v]);
         }
     }
 

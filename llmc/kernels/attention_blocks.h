@@ -92,12 +92,12 @@ template <class Blocks> struct AttentionForward {
     int64_t HS, width;  // width: head size padded with zeros to what the products want
 
     struct Space {
-        float *s, *o, *largest, *total, *rows_out;
+        float *s, *o, *base, *total, *rows_out;
         Packed *q, *k, *v, *v_across, *pairs, *p;
         Space(AttentionCarver& carver, int64_t width) {
             s = carver.take<float>(block * panel);         // [block][panel] scores
             o = carver.take<float>(group * width);         // per panel [width][panel]: output so far
-            largest = carver.take<float>(group);           // running maximum, as a power of two
+            base = carver.take<float>(group);           // what probabilities are relative to, as a power of two
             total = carver.take<float>(group);             // running sum
             rows_out = carver.take<float>(panel * width);  // [panel][width]
             q = carver.take<Packed>(group * width);        // per panel [width][panel]
@@ -119,7 +119,7 @@ template <class Blocks> struct AttentionForward {
         }
         std::fill_n(space.o, panels * panel * width, 0.0f);
         std::fill_n(space.total, panels * panel, 0.0f);
-        std::fill_n(space.largest, panels * panel, -std::numeric_limits<float>::infinity());
+        std::fill_n(space.base, panels * panel, -std::numeric_limits<float>::infinity());
 
         for (int64_t key = 0; key < s.context + end; key += block) {
             const int64_t count = std::min(block, s.context + s.length - key), first = key * s.kv_stride + h * HS;
@@ -135,7 +135,7 @@ template <class Blocks> struct AttentionForward {
                 float* o = space.o + t * panel * width;
                 Blocks::product(space.s, panel, {space.k, width, 1}, space.q + t * panel * width, panel, m, n, width, false);
                 mask_future(space.s, m, panel, s.context + query - key);
-                Blocks::softmax(space.s, space.p, m, panel, n, scale, space.largest + t * panel, space.total + t * panel,
+                Blocks::softmax(space.s, space.p, m, panel, n, scale, space.base + t * panel, space.total + t * panel,
                                 o, width);
                 Blocks::product(o, panel, v_across, space.p, panel, width, n, m, true);
             }
@@ -147,7 +147,7 @@ template <class Blocks> struct AttentionForward {
             const float factor = 1 / space.total[at], *row = space.rows_out + lane * width;
             floatX* to = out.row(s.begin + i) + h * HS;
             for (int64_t c = 0; c < HS; c++) to[c] = row[c] * factor;
-            lse.row(s.begin + i)[h] = space.largest[at] * float(std::numbers::ln2) + std::log(space.total[at]);
+            lse.row(s.begin + i)[h] = space.base[at] * float(std::numbers::ln2) + std::log(space.total[at]);
         }
     }
 };

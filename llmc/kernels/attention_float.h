@@ -11,7 +11,7 @@ struct ATTENTION_BLOCKS {
     static constexpr int64_t lanes = V::lanes, tile_rows = V::lanes / 2;
     static constexpr int64_t width_multiple = 16, row_multiple = 8, lane_multiple = V::lanes;
     static constexpr int64_t forward_panel = 48, forward_block = 64, backward_panel = 48, backward_block = 64;
-    static constexpr int64_t forward_group = 8 * forward_panel, backward_group = 512;
+    static constexpr int64_t forward_group = 24 * forward_panel, backward_group = 512;
     static constexpr bool pairs = false;
 
     struct Thread {};  // nothing to set up in a thread
@@ -36,56 +36,59 @@ struct ATTENTION_BLOCKS {
         });
     }
 
-    // Scores s [rows][stride] of a key block become probabilities exp2(scale s - largest); the running maximum and sum
-    // of each query and the outputs o [width][stride] so far follow a new maximum.
-    static void softmax(float* s, float*, int64_t rows, int64_t stride, int64_t n, float scale, float* largest,
+    // Where a score of the block, in powers of two, exceeds the base of its query by more than 8, it becomes the base, and
+    // the sum and the outputs o [width][stride] so far are rescaled. So most blocks rescale nothing, probabilities stay
+    // below 256, and each lane depends on itself only.
+    template <int VECS>
+    static void raise_base(const float* s, int64_t rows, int64_t stride, float scale, float* base, float* total,
+                           float* o, int64_t width) {
+        Vec even[VECS], odd[VECS], factor[VECS];
+#pragma GCC unroll 3
+        for (int v = 0; v < VECS; v++) even[v] = V::load(s + v * lanes), odd[v] = V::load(s + stride + v * lanes);
+        for (int64_t r = 2; r < rows; r += 2)
+#pragma GCC unroll 3
+            for (int v = 0; v < VECS; v++) {
+                even[v] = V::max(even[v], V::load(s + r * stride + v * lanes));
+                odd[v] = V::max(odd[v], V::load(s + (r + 1) * stride + v * lanes));
+            }
+        bool raised = false;
+#pragma GCC unroll 3
+        for (int v = 0; v < VECS; v++) {
+            const Vec before = V::load(base + v * lanes), largest = V::max(even[v], odd[v]) * scale;
+            const Vec now = V::where_greater(largest, before + 8, largest, before);
+            factor[v] = V::template exp2<6>(before - now);
+            V::store(base + v * lanes, now);
+            V::store(total + v * lanes, V::load(total + v * lanes) * factor[v]);
+            raised |= V::any_greater(now, before);
+        }
+        for (int64_t r = 0; raised && r < width; r++)
+#pragma GCC unroll 3
+            for (int v = 0; v < VECS; v++) {
+                float* at = o + r * stride + v * lanes;
+                V::store(at, V::load(at) * factor[v]);
+            }
+    }
+
+    // Scores s [rows][stride] of a key block become probabilities exp2(scale s - base); the sums follow.
+    static void softmax(float* s, float*, int64_t rows, int64_t stride, int64_t n, float scale, float* base,
                         float* total, float* o, int64_t width) {
         for_columns(n, [&](int64_t j, auto vecs) {
             constexpr int VECS = vecs.value;
-            Vec even[VECS], odd[VECS], sum[VECS];
+            raise_base<VECS>(s + j, rows, stride, scale, base + j, total + j, o + j, width);
+            Vec base_j[VECS], sum[VECS];
 #pragma GCC unroll 3
             for (int v = 0; v < VECS; v++)
-                even[v] = V::load(s + j + v * lanes), odd[v] = V::load(s + stride + j + v * lanes), sum[v] = Vec{};
-            for (int64_t r = 2; r < rows; r += 2)
-#pragma GCC unroll 3
-                for (int v = 0; v < VECS; v++) {
-                    even[v] = V::max(even[v], V::load(s + r * stride + j + v * lanes));
-                    odd[v] = V::max(odd[v], V::load(s + (r + 1) * stride + j + v * lanes));
-                }
-            bool raised = false;
-#pragma GCC unroll 3
-            for (int v = 0; v < VECS; v++) {
-                even[v] = V::max(even[v], odd[v]) * scale;
-                raised |= V::any_greater(even[v], V::load(largest + j + v * lanes));
-            }
-            if (raised) {
-                Vec factor[VECS];
-#pragma GCC unroll 3
-                for (int v = 0; v < VECS; v++) {
-                    const Vec before = V::load(largest + j + v * lanes), now = V::max(even[v], before);
-                    factor[v] = V::template exp2<6>(before - now);
-                    V::store(largest + j + v * lanes, now);
-                    V::store(total + j + v * lanes, V::load(total + j + v * lanes) * factor[v]);
-                }
-                for (int64_t r = 0; r < width; r++)
-#pragma GCC unroll 3
-                    for (int v = 0; v < VECS; v++) {
-                        float* at = o + r * stride + j + v * lanes;
-                        V::store(at, V::load(at) * factor[v]);
-                    }
-            }
-#pragma GCC unroll 3
-            for (int v = 0; v < VECS; v++) even[v] = V::load(largest + j + v * lanes);
+                base_j[v] = V::load(base + j + v * lanes), sum[v] = V::load(total + j + v * lanes);
             for (int64_t r = 0; r < rows; r++)
 #pragma GCC unroll 3
                 for (int v = 0; v < VECS; v++) {
                     float* at = s + r * stride + j + v * lanes;
-                    const Vec p = V::template exp2<6>(V::load(at) * scale - even[v]);
+                    const Vec p = V::template exp2<6>(V::load(at) * scale - base_j[v]);
                     V::store(at, p);
                     sum[v] += p;
                 }
 #pragma GCC unroll 3
-            for (int v = 0; v < VECS; v++) V::store(total + j + v * lanes, V::load(total + j + v * lanes) + sum[v]);
+            for (int v = 0; v < VECS; v++) V::store(total + j + v * lanes, sum[v]);
         });
     }
 
@@ -124,22 +127,33 @@ private:
 #pragma GCC unroll 8
         for (int r = 0; r < tile_rows; r++)
 #pragma GCC unroll 3
-            for (int v = 0; v < VECS; v++) sum[r][v] = accumulate ? V::load(c + r * c_stride + v * lanes) : Vec{};
-        for (int64_t l = 0; l < k; l++, b += b_stride) {
+            for (int v = 0; v < VECS; v++) sum[r][v] = Vec{};
+        if (accumulate) {
+            const float* row = c;
+#pragma GCC unroll 8
+            for (int r = 0; r < tile_rows; r++, row += c_stride) {
+                __asm__("" : "+r"(row));
+#pragma GCC unroll 3
+                for (int v = 0; v < VECS; v++) sum[r][v] = V::load(row + v * lanes);
+            }
+        }
+        for (int64_t l = 0; l < k; l++, a += ACROSS ? a_stride : 1, b += b_stride) {
             Vec right[VECS];
 #pragma GCC unroll 3
             for (int v = 0; v < VECS; v++) right[v] = V::load(b + v * lanes);
 #pragma GCC unroll 8
             for (int r = 0; r < tile_rows; r++) {
-                const Vec left = V::fill(ACROSS ? a[l * a_stride + r] : a[r * a_stride + l]);
+                const Vec left = V::fill(a[ACROSS ? r : r * a_stride]);
 #pragma GCC unroll 3
                 for (int v = 0; v < VECS; v++) sum[r][v] += left * right[v];
             }
         }
 #pragma GCC unroll 8
-        for (int r = 0; r < tile_rows; r++)
+        for (int r = 0; r < tile_rows; r++, c += c_stride) {
+            __asm__("" : "+r"(c));
 #pragma GCC unroll 3
-            for (int v = 0; v < VECS; v++) V::store(c + r * c_stride + v * lanes, sum[r][v]);
+            for (int v = 0; v < VECS; v++) V::store(c + v * lanes, sum[r][v]);
+        }
     }
 };
 #undef ATTENTION_BLOCKS

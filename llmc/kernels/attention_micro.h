@@ -13,11 +13,14 @@
 
 #include "../common.h"
 
-// to[rows][width] = from[count][head_size], zero where there is nothing to copy.
+// to[rows][width] = from[count][head_size], zero where there is nothing to copy. The block after this one is fetched into
+// the second cache meanwhile: a head's rows are short and far apart, so that no hardware prefetcher follows them.
 template <class To, class From>
 inline void pack_rows(To* to, int64_t rows, int64_t width, const From* from, int64_t stride, int64_t count,
                       int64_t head_size) {
     for (int64_t r = 0; r < count; r++) {
+        const From* next = from + (r + rows) * stride;
+        for (int64_t c = 0; c < head_size; c += 64 / sizeof(From)) _mm_prefetch((const char*)(next + c), _MM_HINT_T1);
         for (int64_t c = 0; c < head_size; c++) to[r * width + c] = To(from[r * stride + c]);
         std::fill(to + r * width + head_size, to + (r + 1) * width, To(0));
     }
@@ -89,6 +92,9 @@ struct Vector8 {
     static Vec fill(float a) { return _mm256_set1_ps(a); }
     static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
     static bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+    static Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) {
+        return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+    }
     template <int D> static Vec exp2(Vec x) {
         x = max(fill(-127), x);
         const Vec whole = _mm256_floor_ps(x), f = x - whole;
@@ -115,6 +121,9 @@ struct Vector16 {
     static Vec fill(float a) { return _mm512_set1_ps(a); }
     static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
     static bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+    static Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) {
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), otherwise, then);
+    }
     template <int D> static Vec exp2(Vec x) {
         const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
         Vec p = fill(exp2_polynomial<D>[D]);

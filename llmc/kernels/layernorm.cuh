@@ -30,7 +30,8 @@ inline void layernorm_forward(const Device& device, Matrix<floatX> out /*[N, C]*
                               floatS* rstd /*[N]*/, Matrix<const floatR> in /*[N, C]*/, const floatX* weight /*[C]*/,
                               const floatX* bias /*[C]*/) {
 #pragma omp parallel for num_threads(device.threads) schedule(static)
-    for (int64_t i = 0; i < in.rows; i++) layernorm_row(out.row(i), mean[i], rstd[i], in.row(i), weight, bias, in.cols);
+    for (int64_t i = 0; i < in.rows; i++)
+        run_widest([&]() WIDE { layernorm_row(out.row(i), mean[i], rstd[i], in.row(i), weight, bias, in.cols); });
 }
 
 // sum = a + b on one row

@@ -68,7 +68,7 @@ WIDE inline float exp_nonpositive(float x) {
     constexpr float log2e = 1.44269502f, log2e_rest = 1.92596303e-8f;
     constexpr float shift = 0x1.8p23f;  // adding it rounds to an integer, which then stands in the lowest bits
     const float shifted = x * log2e + shift, n = shifted - shift;
-    const float f = x * log2e_rest + (x * log2e - n);
+    const float f = x * log2e_rest + std::fma(x, log2e, -n);  // the product must not be rounded before n is taken off
     float p = 1.55946764e-4f;
     p = p * f + 1.34066434e-3f;
     p = p * f + 9.61769279e-3f;
