@@ -257,8 +257,8 @@ void check_memory(const Config& c, const MemoryPlan& plan) {
                 break;
             }
     if (advice.empty())
-        advice = "weights, gradients and moments alone take " +
-                 bytes_text(plan.weights + plan.master + plan.gradients + plan.moments) + ": choose a smaller model";
+        advice = "with one token at a time it would still be " + bytes_text(total_with("full", 1, 1)) +
+                 ": choose a smaller model, or fewer --threads";
     throw Failure(EXIT_MEMORY, "the plan takes " + bytes_text(plan.total()) + ", " + bytes_text(available) + " are available; " + advice);
 }
 
