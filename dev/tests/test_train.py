@@ -217,10 +217,10 @@ def test_too_little_memory_exits_5_with_what_would_fit(data, tmp_path):
     for kind in ("weights", "gradients", "moments", "activations", "workspace", "total"):
         assert kind in plan
     flags += ["--batch-tokens", 8192]
+    assert "smaller model" in run(*flags, "--memory", "1MiB", check=5).stderr
     done = run(*flags, "--memory", "24MiB", check=5)
     advice = done.stderr.split("available; ")[1].split(" fits")[0].split()
     run(*flags, "--memory", "24MiB", *advice)
-    assert "smaller model" in run(*flags, "--memory", "1MiB", check=5).stderr
 
 
 def test_a_run_directory_is_not_overwritten(data, whole_run):
