@@ -1,6 +1,7 @@
 // Correctness of the whole model: what train_gpt computes, laid open for dev/tests to compare.
 //
-//   test_gpt dump DIR     one step of the case in DIR, with every tensor that passes between embed, pre, attention, post
+//   test_gpt dump DIR     one step of the case in DIR, with every tensor that passes between embed, pre, attention,
+//   post
 //                         and head and every gradient; then case["steps"] optimizer steps on the same batch
 //   test_gpt adamw DIR    the optimizer alone, fed DIR/gradients.safetensors
 //   test_gpt logits DIR   the logits of case["checkpoint"] after each of case["tokens"], as `generate` computes them
@@ -75,10 +76,11 @@ struct Case {
     void optimizer_step(int64_t number, double clip) {
         const double norm = gradient_norm(rank);
         const double scale = clip > 0 && norm > clip ? clip / norm : 1;
-        update_parameters(rank, {json["lr"], json["beta1"], json["beta2"], json["eps"], json["weight_decay"], number, scale});
+        update_parameters(rank,
+                          {json["lr"], json["beta1"], json["beta2"], json["eps"], json["weight_decay"], number, scale});
     }
 
-   private:
+private:
     static RankOptions options_of(const nlohmann::json& json) {
         Config c;
         const nlohmann::json& model = json["model"];
@@ -106,10 +108,11 @@ struct Case {
 // What passes between the five functions, sequence after sequence, whatever the chunks were.
 
 class Borders {
-   public:
+public:
     Borders(const Case& c, NamedTensors& tensors) : rank(c.rank), tensors(tensors), tokens(c.batch.tokens) {
         std::vector<int64_t> sequence_row = {0};  // where each sequence begins among all tokens
-        for (const Sample& s : c.batch.sequences) sequence_row.push_back(sequence_row.back() + int64_t(s.tokens.size()));
+        for (const Sample& s : c.batch.sequences)
+            sequence_row.push_back(sequence_row.back() + int64_t(s.tokens.size()));
         for (const Chunk& chunk : make_chunks(c.batch, rank.options.chunk_tokens)) {
             std::vector<int64_t>& rows = row_of_token.emplace_back();
             for (const Segment& s : chunk.segments)
@@ -127,23 +130,27 @@ class Borders {
                 case Part::embed:
                 case Part::post: {
                     const int l = op.layer + 1;
-                    keep(output_of(op.layer), op, tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::residual, l, N).rows);
+                    keep(output_of(op.layer), op,
+                         tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::residual, l, N).rows);
                     break;
                 }
                 case Part::pre:
-                    keep("pre." + layer + ".qkv", op, tensor_of_op<PreActivations>(rank, plan, i, Tensor::pre, op.layer, N).qkv);
+                    keep("pre." + layer + ".qkv", op,
+                         tensor_of_op<PreActivations>(rank, plan, i, Tensor::pre, op.layer, N).qkv);
                     break;
                 case Part::attention:
                     keep("attention." + layer + ".out", op,
                          tensor_of_op<AttentionActivations>(rank, plan, i, Tensor::attention, op.layer, N).out);
                     break;
-                case Part::head: break;
+                case Part::head:
+                    break;
             }
         else switch (op.part) {
                 case Part::head:
                 case Part::pre: {
                     const int l = op.part == Part::head ? int(rank.options.model.layers) - 1 : op.layer - 1;
-                    keep("d." + output_of(l), op, tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::d_residual, -1, N).rows);
+                    keep("d." + output_of(l), op,
+                         tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::d_residual, -1, N).rows);
                     break;
                 }
                 case Part::post:
@@ -151,9 +158,11 @@ class Borders {
                          tensor_of_op<AttentionGradient>(rank, plan, i, Tensor::d_attention, -1, N).rows);
                     break;
                 case Part::attention:
-                    keep("d.pre." + layer + ".qkv", op, tensor_of_op<QkvGradient>(rank, plan, i, Tensor::d_qkv, -1, N).rows);
+                    keep("d.pre." + layer + ".qkv", op,
+                         tensor_of_op<QkvGradient>(rank, plan, i, Tensor::d_qkv, -1, N).rows);
                     break;
-                case Part::embed: break;
+                case Part::embed:
+                    break;
             }
     }
 
@@ -162,8 +171,9 @@ class Borders {
             keep_rows("head.losses", {tokens}, c, Matrix<const floatS>(losses[c].data(), int64_t(losses[c].size()), 1));
     }
 
-   private:
-    template <class T> void keep(const std::string& name, const Op& op, Matrix<T> rows) {
+private:
+    template <class T>
+    void keep(const std::string& name, const Op& op, Matrix<T> rows) {
         keep_rows(name, {tokens, rows.cols}, size_t(op.chunk), rows);
     }
 

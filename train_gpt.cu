@@ -42,9 +42,9 @@ template <class Tensors> Tensors tensor_of_op(const Rank& rank, const Plan& plan
 }
 
 double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer) {
-    const GptConfig& g = rank.options.model;
+    const int L = int(rank.options.model.layers);
     const Recompute recompute = rank.options.recompute;
-    const BlockContext ctx{rank.device, g, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
+    const BlockContext ctx{rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
     if (observer) observer->losses.resize(step.chunks.size());
     double loss = 0;
 
@@ -56,12 +56,17 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
         const ChunkShape& shape = plan.chunks[size_t(op.chunk)];
         const std::vector<SegmentRows>& segments = step.segments[size_t(op.chunk)];
         const int64_t N = int64_t(chunk.tokens.size());
+        const auto w = l < 0 ? LayerTensors<floatX>{} : rank.w.layers[size_t(l)];
+        const auto dw = l < 0 || !plan.training ? LayerTensors<floatS>{} : rank.dw.layers[size_t(l)];
 
         // The op's tensors; each op below takes the ones that `uses` in llmc/pipeline/op.h lists for it.
         const auto x = [&](int layer) { return tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::residual, layer, N).rows; };
         const auto pre = [&] { return tensor_of_op<PreActivations>(rank, plan, i, Tensor::pre, l, N); };
         const auto attention = [&] { return tensor_of_op<AttentionActivations>(rank, plan, i, Tensor::attention, l, N); };
-        const auto post = [&] { return tensor_of_op<PostActivations>(rank, plan, i, Tensor::post, l, N); };
+        const auto kept_post = [&] {  // in the modes that recompute, nothing is kept
+            const bool kept = plan.training && recompute == Recompute::none;
+            return kept ? std::optional(tensor_of_op<PostActivations>(rank, plan, i, Tensor::post, l, N)) : std::nullopt;
+        };
         const auto store = [&] {
             if (shape.store < 0) return Matrix<floatX>();
             return tensor_of_op<StoreTensor>(rank, plan, i, Tensor::store, l, shape.store_tokens).rows;
@@ -81,37 +86,28 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
 
         if (op.pass == Pass::F) switch (op.part) {
                 case Part::embed: embed_forward(ctx, rank.w, x(0), chunk.tokens.data(), chunk.positions.data()); break;
-                case Part::pre: pre_attention_forward(ctx, rank.w.layers[size_t(l)], pre(), x(l)); break;
+                case Part::pre: pre_attention_forward(ctx, w, pre(), x(l)); break;
                 case Part::attention: attention_block_forward(ctx, attention(), pre().qkv, store(), segments); break;
-                case Part::post: {
-                    const bool keep = plan.training && recompute == Recompute::none;
-                    post_attention_forward(ctx, rank.w.layers[size_t(l)], x(l + 1), keep ? std::optional(post()) : std::nullopt,
-                                           x(l), attention().out);
-                    break;
-                }
-                case Part::head: loss += head_forward(ctx, rank.w, x(int(g.layers)), chunk.targets.data(), losses); break;
+                case Part::post: post_attention_forward(ctx, w, x(l + 1), kept_post(), x(l), attention().out); break;
+                case Part::head: loss += head_forward(ctx, rank.w, x(L), chunk.targets.data(), losses); break;
             }
         else switch (op.part) {
                 case Part::head:
-                    loss += head_backward(ctx, rank.w, rank.dw, d_x(), x(int(g.layers)), chunk.targets.data(), loss_scale, losses);
+                    loss += head_backward(ctx, rank.w, rank.dw, d_x(), x(L), chunk.targets.data(), loss_scale, losses);
                     break;
                 case Part::post:
                     if (recompute == Recompute::full) {
-                        pre_attention_forward(ctx, rank.w.layers[size_t(l)], pre(), x(l));
+                        pre_attention_forward(ctx, w, pre(), x(l));
                         attention_block_forward(ctx, attention(), pre().qkv, store(), segments);
                     }
-                    post_attention_backward(ctx, rank.w.layers[size_t(l)], rank.dw.layers[size_t(l)], d_x(), d_attention(),
-                                            recompute == Recompute::none ? std::optional(post()) : std::nullopt, x(l),
-                                            attention().out);
+                    post_attention_backward(ctx, w, dw, d_x(), d_attention(), kept_post(), x(l), attention().out);
                     break;
                 case Part::attention:
-                    if (recompute == Recompute::without_attention) pre_attention_forward(ctx, rank.w.layers[size_t(l)], pre(), x(l));
+                    if (recompute == Recompute::without_attention) pre_attention_forward(ctx, w, pre(), x(l));
                     attention_block_backward(ctx, d_qkv(), d_attention(), attention(), pre().qkv, store(), d_store(), segments,
                                              shape.last_slice);
                     break;
-                case Part::pre:
-                    pre_attention_backward(ctx, rank.w.layers[size_t(l)], rank.dw.layers[size_t(l)], d_x(), d_qkv(), pre(), x(l));
-                    break;
+                case Part::pre: pre_attention_backward(ctx, w, dw, d_x(), d_qkv(), pre(), x(l)); break;
                 case Part::embed: embed_backward(ctx, rank.dw, d_x(), chunk.tokens.data(), chunk.positions.data()); break;
             }
         if (observer && observer->after_op) observer->after_op(i);

@@ -59,8 +59,18 @@ def fastest_thread_count(step, candidates):
     return min(times, key=times.get)
 
 
+def refuse_what_memory_cannot_hold(case):
+    """Without fused attention every layer keeps scores and softmax, [S, NH, T, T], for the backward pass."""
+    model = case["model"]
+    bytes_needed = 2 * 4 * model["layers"] * model["heads"] * case["sequences"] * model["context"] ** 2
+    bytes_free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not HAS_FUSED_ATTENTION and bytes_needed > bytes_free:
+        sys.exit(f"attention scores of {bytes_needed >> 30} GiB do not fit into {bytes_free >> 30} GiB of free memory")
+
+
 def main():
     case = json.loads(sys.argv[1])
+    refuse_what_memory_cannot_hold(case)
     cpus = len(os.sched_getaffinity(0))
     torch.set_num_threads(cpus)
     step = make_step(case)

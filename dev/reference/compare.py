@@ -123,7 +123,9 @@ def relative_error(ours, wanted):
     if ours.shape != wanted.shape or not (np.isfinite(ours).all() and np.isfinite(wanted).all()):
         return float("inf")
     difference, norm = np.linalg.norm(ours.astype(np.float64) - wanted), np.linalg.norm(wanted)
-    return float(difference / norm) if norm > 0 else float(difference > 0) * float("inf") if difference else 0.0
+    if difference == 0:
+        return 0.0
+    return float(difference / norm) if norm > 0 else float("inf")
 
 
 def without_key_bias(array):  # [3C] -> [2C]

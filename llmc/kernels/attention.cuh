@@ -3,8 +3,8 @@
 //   s_ij = scale q_i . k_j  for j <= context + i      scale = 1/sqrt(HS), i a query of the segment, j one of its keys
 //   p_ij = exp(s_ij - lse_i)                          lse_i = log sum_j exp(s_ij)
 //   o_i  = sum_j p_ij v_j
-//   dv_j = sum_i p_ij do_i     dp_ij = do_i . v_j     ds_ij = p_ij (dp_ij - D_i)     D_i = sum_j p_ij dp_ij = do_i . o_i
-//   dq_i = scale sum_j ds_ij k_j                      dk_j = scale sum_i ds_ij q_i
+//   dv_j = sum_i p_ij do_i     dp_ij = do_i . v_j     ds_ij = p_ij (dp_ij - D_i)     D_i = sum_j p_ij dp_ij = do_i .
+//   o_i dq_i = scale sum_j ds_ij k_j                      dk_j = scale sum_i ds_ij q_i
 #pragma once
 
 #include <omp.h>
@@ -14,12 +14,13 @@
 #include <limits>
 #include <span>
 
-#include "../common.h"
-#include "../cpu.h"
-#include "../device.h"
+#include "llmc/common.h"
+#include "llmc/cpu.h"
+#include "llmc/device.h"
 
 // One segment of a chunk: `length` queries of one sequence, and the keys and values that they see.
-template <class X, class S> struct AttentionSegmentOf {
+template <class X, class S>
+struct AttentionSegmentOf {
     int64_t begin, length;  // rows [begin, begin + length) of q, out, dq are its queries
     int64_t context;        // keys before the first query: query i sees keys 0..context + i of context + length
     const X *k, *v;         // [context + length, NH*HS], rows kv_stride apart
@@ -34,7 +35,8 @@ using AttentionSegment = AttentionSegmentOf<floatX, floatS>;
 // ---------------------------------------------------------------------------------------------------------------------
 // The specification, and the fp64 form. Every probability is recomputed where it is needed; sums are kept in S.
 
-template <class S, class X> S attention_dot(const X* a, const X* b, int64_t n) {
+template <class S, class X>
+S attention_dot(const X* a, const X* b, int64_t n) {
     S sum = 0;
     for (int64_t i = 0; i < n; i++) sum += S(a[i]) * S(b[i]);
     return sum;
@@ -77,7 +79,9 @@ void attention_backward_reference(const Device& device, Matrix<X> dq, Matrix<con
     S* sums = device.scratch_as<S>(size_t(device.threads) * 2 * HS);
     for (const auto& segment : segments) {
         const int64_t keys = segment.context + segment.length;
-        struct Score { S p, ds; };
+        struct Score {
+            S p, ds;
+        };
         const auto score = [&](int64_t i, int64_t j, int h) -> Score {
             const int64_t row = segment.begin + i, key = j * segment.kv_stride + h * HS;
             const X* dout_i = dout.row(row) + h * HS;
@@ -123,15 +127,16 @@ void attention_backward_reference(const Device& device, Matrix<X> dq, Matrix<con
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The calls. Storage and CPU choose the form: fp64 takes the loops above; otherwise blocks, whose products are fp32 (bf16
-// storage is widened as it is packed) or, where the CPU has them, of bf16 pairs.
+// The calls. Storage and CPU choose the form: fp64 takes the loops above; otherwise blocks, whose products are fp32
+// (bf16 storage is widened as it is packed) or, where the CPU has them, of bf16 pairs.
 
 #if !defined(PRECISION_FP64)
-#include "attention_blocks.h"
+#include "llmc/kernels/attention_blocks.h"
 #endif
 
 // call.template operator()<Blocks>() with the blocks for `isa`; void for the loops.
-template <class Call> auto attention_dispatch(Isa isa, Call call) {
+template <class Call>
+auto attention_dispatch(Isa isa, Call call) {
 #if defined(PRECISION_FP64)
     (void)isa;
     return call.template operator()<void>();
@@ -157,7 +162,8 @@ inline void attention_forward(const Device& device, Matrix<floatX> out /*[N,C]*/
                               Matrix<const floatX> q /*[N,C]*/, std::span<const AttentionSegment> segments, int heads,
                               Isa isa = cpu_isa()) {
     attention_dispatch(isa, [&]<class Blocks>() {
-        if constexpr (std::is_void_v<Blocks>) attention_forward_reference<floatX, floatS>(device, out, lse, q, segments, heads);
+        if constexpr (std::is_void_v<Blocks>)
+            attention_forward_reference<floatX, floatS>(device, out, lse, q, segments, heads);
         else attention_forward_blocks<Blocks>(device, out, lse, q, segments, heads);
     });
 }

@@ -1,37 +1,37 @@
-// Products of bf16 pairs, with the softmax and gradient that feed them: by vdpbf16ps, or by AMX tiles. Both read the left
-// operand as rows [m][k] and the right one as pairs of rows [k/2][n][2], and accumulate in fp32. Included by
+// Products of bf16 pairs, with the softmax and gradient that feed them: by vdpbf16ps, or by AMX tiles. Both read the
+// left operand as rows [m][k] and the right one as pairs of rows [k/2][n][2], and accumulate in fp32. Included by
 // attention_micro.h.
 #pragma once
+
+#include "llmc/kernels/matmul_micro.h"  // amx_begin, amx_end
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
 
-template <bool TILES> struct AttentionBf16 {
+template <bool TILES>
+struct AttentionBf16 {
     using V = Vector16;
     using Vec = __m512;
     using Packed = bf16;
     static constexpr int64_t width_multiple = 32, row_multiple = 32, lane_multiple = 32;
-    static constexpr int64_t forward_panel = 32, forward_block = 128, forward_group = 32 * forward_panel;
-    static constexpr int64_t backward_panel = 128, backward_block = 32, backward_group = 512;
+    static constexpr int64_t forward_panel = 32, forward_block = 64, forward_group = 64 * forward_panel;
+    static constexpr int64_t backward_panel = 128, backward_block = 64, backward_group = 512;
     static constexpr bool pairs = true;
 
-    // Sets the shape of the eight tiles, 16 rows of 64 bytes, while a thread is in a kernel.
+    // Tile registers are set up while a thread is in a kernel.
     struct Thread {
         Thread() {
-            alignas(64) static constexpr struct {
-                uint8_t palette = 1, start_row = 0, reserved[14] = {};
-                uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-                uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-            } shape;
-            if (TILES) _tile_loadconfig(&shape);
+            if (TILES) amx_begin();
         }
         ~Thread() {
-            if (TILES) _tile_release();
+            if (TILES) amx_end();
         }
     };
 
     // Operands as the products want them, from rows [n][width].
-    static void pack_right(bf16* to, const bf16* rows, int64_t n, int64_t width) { interleave_pairs(to, rows, n, width); }
+    static void pack_right(bf16* to, const bf16* rows, int64_t n, int64_t width) {
+        interleave_pairs(to, rows, n, width);
+    }
     static void pack_right_across(bf16* to, const bf16* rows, int64_t n, int64_t width) {
         transpose_words(to, n, rows, width / 2, n, width / 2);
     }
@@ -46,8 +46,8 @@ template <bool TILES> struct AttentionBf16 {
                         int64_t n, int64_t k, bool accumulate) {
         for (int64_t i = 0; i < m; i += TILES ? 32 : 8)
             for (int64_t j = 0; j < n; j += 32)
-                (TILES ? tile_product : dot_product)(c + i * c_stride + j, c_stride, a.data + i * a.row, a.row, b + 2 * j,
-                                                     2 * b_stride, k, accumulate);
+                (TILES ? tile_product : dot_product)(c + i * c_stride + j, c_stride, a.data + i * a.row, a.row,
+                                                     b + 2 * j, 2 * b_stride, k, accumulate);
     }
 
     // As in attention_float.h; the probabilities are written as pairs of keys, p[rows/2][stride][2].
@@ -64,7 +64,8 @@ template <bool TILES> struct AttentionBf16 {
                     const Vec second = V::exp2<4>(V::load(at + stride) * scale - base_j[v]);
                     sum[v] += first + second;
                     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-                    _mm512_storeu_si512(p + r * stride + 2 * (j + 16 * v), _mm512_permutexvar_epi16(alternate<0, 16>(), both));
+                    _mm512_storeu_si512(p + r * stride + 2 * (j + 16 * v),
+                                        _mm512_permutexvar_epi16(alternate<0, 16>(), both));
                 }
             for (int v = 0; v < 2; v++) V::store(total + j + 16 * v, sum[v]);
         }
@@ -74,7 +75,8 @@ template <bool TILES> struct AttentionBf16 {
     static void gradient(const float* s, const float* dp, bf16* p, bf16* ds, bf16* ds_pairs, int64_t rows,
                          int64_t stride, int64_t n, float scale, const float* lse, const float* D) {
         for (int64_t j = 0; j < n; j += 32) {
-            const Vec lse_j[2] = {V::load(lse + j), V::load(lse + j + 16)}, D_j[2] = {V::load(D + j), V::load(D + j + 16)};
+            const Vec lse_j[2] = {V::load(lse + j), V::load(lse + j + 16)},
+                      D_j[2] = {V::load(D + j), V::load(D + j + 16)};
             for (int64_t r = 0; r < rows; r += 2) {
                 __m512i row[2];
                 for (int i = 0; i < 2; i++) {
@@ -95,7 +97,8 @@ template <bool TILES> struct AttentionBf16 {
 
 private:
     // Element order that makes pairs of two halves of a register, or of two registers.
-    template <int FIRST, int SECOND> static __m512i alternate() {
+    template <int FIRST, int SECOND>
+    static __m512i alternate() {
         alignas(64) static constexpr auto order = [] {
             std::array<int16_t, 32> list{};
             for (int i = 0; i < 16; i++) list[2 * i] = int16_t(FIRST + i), list[2 * i + 1] = int16_t(SECOND + i);

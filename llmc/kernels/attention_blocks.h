@@ -2,16 +2,16 @@
 // only as one block of keys by one panel of queries, stored key by key so that the lanes of a vector are queries; X' is
 // a block of X stored that way.
 //
-//             panels of queries               forward: an item is a group of panels of one (segment, head). Each key block
-//           +---+---+---+---+                 is packed once for the group and meets every panel that sees it:
-//   context | # | # | # | # |                     S' = K Q'   online softmax   O' = O' exp(old - new maximum) + V' P'
+//             panels of queries            forward: an item is a group of panels of one (segment, head). Each key block
+//           +---+---+---+---+              is packed once for the group and meets every panel that sees it:
+//   context | # | # | # | # |                S' = K Q'   online softmax   O' = O' exp(old - new base) + V' P'
 //           +---+---+---+---+
-//   key     | \ | # | # | # |                 backward: an item is a group of key blocks of one (segment, head). Each
-//   blocks  +---+---+---+---+                 panel that sees the group is packed once and meets all its blocks:
-//           |   | \ | # | # |  # all visible      S' = K Q'   P' = exp(S' - lse)   dP' = V dO'   dS' = P' (dP' - D)
-//           +---+---+---+---+  \ masked           dV += P' dO   dK += dS' Q   and after the blocks   dQ' += K' dS'
-//           |   |   | \ | # |    skipped
-//           +---+---+---+---+
+//   key     | \ | # | # | # |              backward: an item is a group of key blocks of one (segment, head). Each
+//   blocks  +---+---+---+---+              panel that sees the group is packed once and meets all its blocks:
+//           |   | \ | # | # |                S' = K Q'   P' = exp(S' - lse)   dP' = V dO'   dS' = P' (dP' - D)
+//           +---+---+---+---+                dV += P' dO   dK += dS' Q   and after the blocks   dQ' += K' dS'
+//           |   |   | \ | # |
+//           +---+---+---+---+              # all visible, \ masked, the rest skipped
 //
 // Threads get contiguous runs of items of equal cost, counted in visible (query, key) pairs. Backward, dK and dV of an
 // item belong to one thread; where threads share a (segment, head), each keeps its part of dQ, and the parts are summed
@@ -25,23 +25,34 @@
 #include <numbers>
 #include <span>
 
-#include "../common.h"
-#include "../device.h"
-#include "attention_micro.h"
+#include "llmc/common.h"
+#include "llmc/device.h"
+#include "llmc/kernels/attention_micro.h"
+#include "llmc/kernels/simd.h"
 
 // Hands out 64-byte aligned arrays; from null it only counts.
 struct AttentionCarver {
     std::byte* at = nullptr;
-    template <class T> T* take(int64_t count) {
+    template <class T>
+    T* take(int64_t count) {
         T* array = reinterpret_cast<T*>(at);
         at += round_up(count * int64_t(sizeof(T)), 64);
         return array;
     }
 };
 
+// While it lives, numbers below the smallest normal one are zeros: a multiplication by one that is not costs some
+// hundred cycles, and the tails of the softmax are full of them.
+struct FlushDenormals {
+    const unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+};
+
 // Items in the order segment, head, group, cut into one contiguous run a thread. A group is of queries in the forward
 // pass and of keys in the backward pass; the work before a position counts visible pairs, and 64 a row for packing it.
-template <bool BACKWARD> struct AttentionWork {
+template <bool BACKWARD>
+struct AttentionWork {
     std::span<const AttentionSegment> segments;
     int heads, threads;
     int64_t group;
@@ -62,8 +73,10 @@ template <bool BACKWARD> struct AttentionWork {
         group = std::clamp(rows / (8 * threads) / unit * unit, unit, largest);
     }
 
-    // visit(segment, head, owner) for each segment and head, owner(begin) the thread whose item begins at that position.
-    template <class Visit> void for_each_head(Visit visit) const {
+    // visit(segment, head, owner) for each segment and head, owner(begin) the thread whose item begins at that
+    // position.
+    template <class Visit>
+    void for_each_head(Visit visit) const {
         double before = 0;
         for (const auto& s : segments)
             for (int h = 0; h < heads; h++) {
@@ -82,9 +95,11 @@ inline void mask_future(float* s, int64_t rows, int64_t panel, int64_t offset) {
         std::fill_n(s + r * panel, std::min(panel, r - offset), -std::numeric_limits<float>::infinity());
 }
 
-template <class Blocks> struct AttentionForward {
+template <class Blocks>
+struct AttentionForward {
     using Packed = typename Blocks::Packed;
-    static constexpr int64_t panel = Blocks::forward_panel, block = Blocks::forward_block, group = Blocks::forward_group;
+    static constexpr int64_t panel = Blocks::forward_panel, block = Blocks::forward_block,
+                             group = Blocks::forward_group;
 
     Matrix<floatX> out;
     Matrix<float> lse;
@@ -97,7 +112,7 @@ template <class Blocks> struct AttentionForward {
         Space(AttentionCarver& carver, int64_t width) {
             s = carver.take<float>(block * panel);         // [block][panel] scores
             o = carver.take<float>(group * width);         // per panel [width][panel]: output so far
-            base = carver.take<float>(group);           // what probabilities are relative to, as a power of two
+            base = carver.take<float>(group);              // what probabilities are relative to, as a power of two
             total = carver.take<float>(group);             // running sum
             rows_out = carver.take<float>(panel * width);  // [panel][width]
             q = carver.take<Packed>(group * width);        // per panel [width][panel]
@@ -114,7 +129,8 @@ template <class Blocks> struct AttentionForward {
         const float scale = float(std::numbers::log2e / std::sqrt(double(HS)));
         for (int64_t t = 0; t < panels; t++) {
             const int64_t query = begin + t * panel;
-            pack_rows(space.v, panel, width, q.row(s.begin + query) + h * HS, q.stride, std::min(panel, end - query), HS);
+            pack_rows(space.v, panel, width, q.row(s.begin + query) + h * HS, q.stride, std::min(panel, end - query),
+                      HS);
             Blocks::pack_right_across(space.q + t * panel * width, space.v, panel, width);
         }
         std::fill_n(space.o, panels * panel * width, 0.0f);
@@ -133,7 +149,8 @@ template <class Blocks> struct AttentionForward {
                 const int64_t m = std::min(block, round_up(visible, Blocks::row_multiple));
                 const int64_t n = round_up(queries, Blocks::lane_multiple);
                 float* o = space.o + t * panel * width;
-                Blocks::product(space.s, panel, {space.k, width, 1}, space.q + t * panel * width, panel, m, n, width, false);
+                Blocks::product(space.s, panel, {space.k, width, 1}, space.q + t * panel * width, panel, m, n, width,
+                                false);
                 mask_future(space.s, m, panel, s.context + query - key);
                 Blocks::softmax(space.s, space.p, m, panel, n, scale, space.base + t * panel, space.total + t * panel,
                                 o, width);
@@ -146,15 +163,17 @@ template <class Blocks> struct AttentionForward {
             if (lane == 0) transpose_words(space.rows_out, width, space.o + at * width, panel, width, panel);
             const float factor = 1 / space.total[at], *row = space.rows_out + lane * width;
             floatX* to = out.row(s.begin + i) + h * HS;
-            for (int64_t c = 0; c < HS; c++) to[c] = row[c] * factor;
+            for (int64_t c = 0; c < HS; c++) assign(to[c], row[c] * factor);
             lse.row(s.begin + i)[h] = space.base[at] * float(std::numbers::ln2) + std::log(space.total[at]);
         }
     }
 };
 
-template <class Blocks> struct AttentionBackward {
+template <class Blocks>
+struct AttentionBackward {
     using Packed = typename Blocks::Packed;
-    static constexpr int64_t panel = Blocks::backward_panel, block = Blocks::backward_block, group = Blocks::backward_group;
+    static constexpr int64_t panel = Blocks::backward_panel, block = Blocks::backward_block,
+                             group = Blocks::backward_group;
 
     Matrix<floatX> dq;
     Matrix<const floatX> dout, q;
@@ -165,14 +184,14 @@ template <class Blocks> struct AttentionBackward {
         float *s, *dp, *dk, *dv, *lse, *D, *sum, *rows_out;
         Packed *q, *q_across, *q_pairs, *dout, *dout_across, *dout_pairs, *k, *k_across, *v, *pairs, *p, *ds, *ds_pairs;
         Space(AttentionCarver& carver, int64_t width) {
-            s = carver.take<float>(block * panel);                              // [block][panel] scores
-            dp = carver.take<float>((Blocks::pairs ? block : group) * panel);   // [block][panel]
-            dk = carver.take<float>(group * width);                             // [group][width]
-            dv = carver.take<float>(group * width);                             // [group][width]
+            s = carver.take<float>(block * panel);                             // [block][panel] scores
+            dp = carver.take<float>((Blocks::pairs ? block : group) * panel);  // [block][panel]
+            dk = carver.take<float>(group * width);                            // [group][width]
+            dv = carver.take<float>(group * width);                            // [group][width]
             lse = carver.take<float>(panel);
             D = carver.take<float>(panel);
-            sum = carver.take<float>(panel * width);                            // [width][panel] dq
-            rows_out = carver.take<float>(panel * width);                       // [panel][width]
+            sum = carver.take<float>(panel * width);       // [width][panel] dq
+            rows_out = carver.take<float>(panel * width);  // [panel][width]
             const auto packed = [&](int64_t count) { return carver.take<Packed>(count); };
             q = packed(panel * width), dout = packed(panel * width);                // [panel][width]
             q_across = packed(panel * width), dout_across = packed(panel * width);  // [width][panel]
@@ -180,15 +199,16 @@ template <class Blocks> struct AttentionBackward {
             q_pairs = Blocks::pairs ? packed(panel * width) : q;
             dout_pairs = Blocks::pairs ? packed(panel * width) : dout;
             pairs = Blocks::pairs ? packed(group * width) : nullptr;
-            k_across = Blocks::pairs ? packed(group * width) : k;      // [width][group]
-            p = Blocks::pairs ? packed(block * panel) : (Packed*)s;    // [block][panel]
-            ds = Blocks::pairs ? packed(block * panel) : (Packed*)dp;  // [block][panel]
+            k_across = Blocks::pairs ? packed(group * width) : k;            // [width][group]
+            p = Blocks::pairs ? packed(block * panel) : (Packed*)s;          // [block][panel]
+            ds = Blocks::pairs ? packed(block * panel) : (Packed*)dp;        // [block][panel]
             ds_pairs = Blocks::pairs ? packed(group * panel) : (Packed*)dp;  // [group][panel]
         }
     };
 
-    // Adds to sums, the dq of this segment and head, per panel [width][panel]; the first item of a thread writes them.
-    void item(const Space& space, const AttentionSegment& s, int h, int64_t begin, int64_t end, float* sums, bool first) const {
+    // Adds to sums, dq of this segment and head, per panel [width][panel]; the first item of a thread writes them.
+    void item(const Space& space, const AttentionSegment& s, int h, int64_t begin, int64_t end, float* sums,
+              bool first) const {
         const float scale = float(std::numbers::log2e / std::sqrt(double(HS)));
         const int64_t keys = end - begin, padded = round_up(keys, block);
         pack_rows(space.k, padded, width, s.k + begin * s.kv_stride + h * HS, s.kv_stride, keys, HS);
@@ -197,7 +217,8 @@ template <class Blocks> struct AttentionBackward {
         std::fill_n(space.dk, padded * width, 0.0f);
         std::fill_n(space.dv, padded * width, 0.0f);
 
-        for (int64_t query = std::max<int64_t>(0, begin - s.context) / panel * panel; query < s.length; query += panel) {
+        for (int64_t query = std::max<int64_t>(0, begin - s.context) / panel * panel; query < s.length;
+             query += panel) {
             const int64_t queries = std::min(panel, s.length - query), row = s.begin + query;
             const int64_t n = round_up(queries, Blocks::lane_multiple);
             pack_rows(space.q, panel, width, q.row(row) + h * HS, q.stride, queries, HS);
@@ -216,11 +237,14 @@ template <class Blocks> struct AttentionBackward {
                 Packed* ds_pairs = space.ds_pairs + key * panel;
                 float* dp = Blocks::pairs ? space.dp : space.dp + key * panel;
                 Packed* ds = Blocks::pairs ? space.ds : (Packed*)dp;
-                Blocks::product(space.s, panel, {space.k + key * width, width, 1}, space.q_across, panel, m, n, width, false);
-                Blocks::product(dp, panel, {space.v + key * width, width, 1}, space.dout_across, panel, m, n, width, false);
+                Blocks::product(space.s, panel, {space.k + key * width, width, 1}, space.q_across, panel, m, n, width,
+                                false);
+                Blocks::product(dp, panel, {space.v + key * width, width, 1}, space.dout_across, panel, m, n, width,
+                                false);
                 mask_future(space.s, m, panel, s.context + query - begin - key);
                 Blocks::gradient(space.s, dp, space.p, ds, ds_pairs, m, panel, n, scale, space.lse, space.D);
-                Blocks::product(space.dv + key * width, width, {space.p, panel, 1}, space.dout_pairs, width, m, width, n, true);
+                Blocks::product(space.dv + key * width, width, {space.p, panel, 1}, space.dout_pairs, width, m, width,
+                                n, true);
                 Blocks::product(space.dk + key * width, width, {ds, panel, 1}, space.q_pairs, width, m, width, n, true);
             }
             Blocks::product(sums + query * width, panel, k_across, space.ds_pairs, panel, width, n, rows, !first);
@@ -230,10 +254,12 @@ template <class Blocks> struct AttentionBackward {
         for (int64_t j = 0; j < keys; j++) {
             const float *dk = space.dk + j * width, *dv = space.dv + j * width;
             if (s.dk) {
-                floatX *to_k = s.dk + (begin + j) * s.dkv_stride + h * HS, *to_v = s.dv + (begin + j) * s.dkv_stride + h * HS;
-                for (int64_t c = 0; c < HS; c++) to_k[c] = factor * dk[c], to_v[c] = dv[c];
+                floatX *to_k = s.dk + (begin + j) * s.dkv_stride + h * HS,
+                       *to_v = s.dv + (begin + j) * s.dkv_stride + h * HS;
+                for (int64_t c = 0; c < HS; c++) assign(to_k[c], factor * dk[c]), assign(to_v[c], dv[c]);
             } else {
-                float *to_k = s.dk_sum + (begin + j) * s.sum_stride + h * HS, *to_v = s.dv_sum + (begin + j) * s.sum_stride + h * HS;
+                float *to_k = s.dk_sum + (begin + j) * s.sum_stride + h * HS,
+                      *to_v = s.dv_sum + (begin + j) * s.sum_stride + h * HS;
                 for (int64_t c = 0; c < HS; c++) to_k[c] += factor * dk[c], to_v[c] += dv[c];
             }
         }
@@ -245,13 +271,15 @@ template <class Blocks> struct AttentionBackward {
         transpose_words(space.rows_out, width, sum, panel, width, panel);
         for (int64_t i = query; i < std::min(query + panel, s.length); i++) {
             const float* row = space.rows_out + (i - query) * width;
-            for (int64_t c = 0; c < HS; c++) dq.row(s.begin + i)[h * HS + c] = factor * row[c];
+            floatX* to = dq.row(s.begin + i) + h * HS;
+            for (int64_t c = 0; c < HS; c++) assign(to[c], factor * row[c]);
         }
     }
 };
 
 // Scratch: the backward pass needs lse and D [NH, N], two dq sums [N, width] a thread, and the thread's blocks.
-template <class Blocks> size_t attention_blocks_scratch_bytes(int threads, int64_t HS, int heads, int64_t tokens) {
+template <class Blocks>
+size_t attention_blocks_scratch_bytes(int threads, int64_t HS, int heads, int64_t tokens) {
     const int64_t width = round_up(HS, Blocks::width_multiple);
     AttentionCarver forward, backward;
     typename AttentionForward<Blocks>::Space forward_space(forward, width);
@@ -278,6 +306,7 @@ void attention_forward_blocks(const Device& device, Matrix<floatX> out, Matrix<f
         const int thread = omp_get_thread_num();
         AttentionCarver carver{scratch + thread * bytes};
         const typename Forward::Space space(carver, forward.width);
+        const FlushDenormals flush;
         [[maybe_unused]] const typename Blocks::Thread setup;
         work.for_each_head([&](const AttentionSegment& s, int h, auto owner) {
             for (int64_t begin = 0; begin < s.length; begin += work.group)
@@ -294,7 +323,8 @@ void attention_backward_blocks(const Device& device, Matrix<floatX> dq, Matrix<c
     constexpr int64_t panel = Backward::panel;
     const int64_t HS = q.cols / heads, width = round_up(HS, Blocks::width_multiple), N = q.rows;
     const AttentionWork<true> work(segments, heads, device.threads, Backward::block, Backward::group);
-    AttentionCarver carver{device.scratch_as<std::byte>(attention_blocks_scratch_bytes<Blocks>(device.threads, HS, heads, N))};
+    AttentionCarver carver{
+        device.scratch_as<std::byte>(attention_blocks_scratch_bytes<Blocks>(device.threads, HS, heads, N))};
     float *lse_powers = carver.take<float>(heads * N), *D = carver.take<float>(heads * N);
     AttentionCarver counter;
     for (int i = 0; i < 2; i++) counter.take<float>(round_up(N, panel) * width);
@@ -311,6 +341,7 @@ void attention_backward_blocks(const Device& device, Matrix<floatX> dq, Matrix<c
         AttentionCarver own{carver.at + thread * bytes};
         for (int i = 0; i < 2; i++) own.take<float>(round_up(N, panel) * width);
         const typename Backward::Space space(own, width);
+        const FlushDenormals flush;
         [[maybe_unused]] const typename Blocks::Thread setup;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < N; i++)

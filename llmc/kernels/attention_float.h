@@ -36,9 +36,9 @@ struct ATTENTION_BLOCKS {
         });
     }
 
-    // Where a score of the block, in powers of two, exceeds the base of its query by more than 8, it becomes the base, and
-    // the sum and the outputs o [width][stride] so far are rescaled. So most blocks rescale nothing, probabilities stay
-    // below 256, and each lane depends on itself only.
+    // Where a score of the block, in powers of two, exceeds the base of its query by more than 8, it becomes the base,
+    // and the sum and the outputs o [width][stride] so far are rescaled. So most blocks rescale nothing, probabilities
+    // stay below 256, and each lane depends on itself only.
     template <int VECS>
     static void raise_base(const float* s, int64_t rows, int64_t stride, float scale, float* base, float* total,
                            float* o, int64_t width) {
@@ -56,7 +56,7 @@ struct ATTENTION_BLOCKS {
         for (int v = 0; v < VECS; v++) {
             const Vec before = V::load(base + v * lanes), largest = V::max(even[v], odd[v]) * scale;
             const Vec now = V::where_greater(largest, before + 8, largest, before);
-            factor[v] = V::template exp2<6>(before - now);
+            factor[v] = V::template exp2<5>(before - now);
             V::store(base + v * lanes, now);
             V::store(total + v * lanes, V::load(total + v * lanes) * factor[v]);
             raised |= V::any_greater(now, before);
@@ -83,7 +83,7 @@ struct ATTENTION_BLOCKS {
 #pragma GCC unroll 3
                 for (int v = 0; v < VECS; v++) {
                     float* at = s + r * stride + j + v * lanes;
-                    const Vec p = V::template exp2<6>(V::load(at) * scale - base_j[v]);
+                    const Vec p = V::template exp2<5>(V::load(at) * scale - base_j[v]);
                     V::store(at, p);
                     sum[v] += p;
                 }
@@ -100,7 +100,7 @@ struct ATTENTION_BLOCKS {
 #pragma GCC unroll 3
                 for (int v = 0; v < vecs.value; v++) {
                     const int64_t at = r * stride + j + v * lanes, lane = j + v * lanes;
-                    const Vec p = V::template exp2<6>(V::load(s + at) * scale - V::load(lse + lane));
+                    const Vec p = V::template exp2<5>(V::load(s + at) * scale - V::load(lse + lane));
                     V::store(s + at, p);
                     V::store(dp + at, p * (V::load(dp + at) - V::load(D + lane)));
                 }
@@ -108,10 +108,14 @@ struct ATTENTION_BLOCKS {
     }
 
 private:
-    template <int N> struct Count { static constexpr int value = N; };
+    template <int N>
+    struct Count {
+        static constexpr int value = N;
+    };
 
     // n is a multiple of the vector; four vectors are better split into two and two than into three and one.
-    template <class Body> static void for_columns(int64_t n, Body body) {
+    template <class Body>
+    static void for_columns(int64_t n, Body body) {
         for (int64_t j = 0; j < n;) {
             const int64_t left = (n - j) / lanes;
             if (left >= 3 && left != 4) body(j, Count<3>()), j += 3 * lanes;
@@ -120,6 +124,8 @@ private:
         }
     }
 
+    // tile_rows rows by VECS vectors of c. The empty asm keeps g++ from computing the address of every row beforehand,
+    // for which it has too few registers.
     template <int VECS, bool ACROSS>
     static void tile(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
                      int64_t k, bool accumulate) {

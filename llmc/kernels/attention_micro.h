@@ -1,5 +1,6 @@
 // What the blocked attention of attention.cuh does to one pair of blocks, for each vector width. Everywhere a vector
-// lane is a query, so that the softmax needs no sums across lanes; blocks of scores are stored key by key, [keys][panel].
+// lane is a query, so that the softmax needs no sums across lanes; blocks of scores are stored key by key,
+// [keys][panel].
 //
 //   pack_rows, interleave_pairs, transpose_words     operands copied into contiguous, zero-padded blocks
 //   AttentionAvx2, AttentionAvx512                   products in fp32 (attention_float.h); bf16 storage is widened
@@ -11,17 +12,20 @@
 #include <algorithm>
 #include <array>
 
-#include "../common.h"
+#include "llmc/common.h"
+#include "llmc/kernels/simd.h"
 
-// to[rows][width] = from[count][head_size], zero where there is nothing to copy. The block after this one is fetched into
-// the second cache meanwhile: a head's rows are short and far apart, so that no hardware prefetcher follows them.
+inline void assign(bf16& to, bf16 from) { to.bits = from.bits; }  // in integers, which g++ 12 vectorises
+
+// to[rows][width] = from[count][head_size], zero where there is nothing to copy. The block after this one is fetched
+// into the second cache: the rows of a head are short and far apart, so that no hardware prefetcher follows them.
 template <class To, class From>
 inline void pack_rows(To* to, int64_t rows, int64_t width, const From* from, int64_t stride, int64_t count,
                       int64_t head_size) {
     for (int64_t r = 0; r < count; r++) {
         const From* next = from + (r + rows) * stride;
         for (int64_t c = 0; c < head_size; c += 64 / sizeof(From)) _mm_prefetch((const char*)(next + c), _MM_HINT_T1);
-        for (int64_t c = 0; c < head_size; c++) to[r * width + c] = To(from[r * stride + c]);
+        for (int64_t c = 0; c < head_size; c++) assign(to[r * width + c], from[r * stride + c]);
         std::fill(to + r * width + head_size, to + (r + 1) * width, To(0));
     }
     std::fill(to + count * width, to + rows * width, To(0));
@@ -68,21 +72,23 @@ inline void transpose_words(void* to_words, int64_t to_stride, const void* from_
 }
 
 // The left operand of a product, element (i, k) at data[i * row + k * step]; row or step is 1.
-template <class Packed> struct LeftOperand {
+template <class Packed>
+struct LeftOperand {
     const Packed* data;
     int64_t row, step;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The vector of each width. exp2 is a polynomial of degree D on [0, 1), times 2^floor(x) put into the exponent; what
-// lies below 2^-127, minus infinity included, gives an exact zero, and a NaN stays one.
+// The vector of each width. exp2 is a polynomial of degree D on [0, 1), times 2^floor(x) put into the exponent. Minus
+// infinity gives an exact zero, and a NaN stays one.
 //
-// Relative error of the polynomials, minimax with constant term 1: degree 6 2.0e-9 (rounding then gives about 1e-7),
-// degree 4 2.9e-6, for probabilities that are rounded to bf16 (2e-3).
+// Relative error of the polynomials, minimax with constant term 1: degree 5 8e-8; degree 4 3e-6, for probabilities that
+// are rounded to bf16 (2e-3).
 template <int D>
-inline constexpr float exp2_polynomial[7] = {1,           0.693147044f,  0.240229306f,  0.0554852806f,
-                                             0.00967545157f, 0.00124678465f, 0.00021612915f};
-template <> inline constexpr float exp2_polynomial<4>[7] = {1, 0.693044845f, 0.241280205f, 0.0522424743f, 0.0134266843f};
+inline constexpr float exp2_polynomial[6] = {
+    1, 0.693151312f, 0.240164450f, 0.0557999131f, 0.00901703028f, 0.00186713008f};
+template <>
+inline constexpr float exp2_polynomial<4>[6] = {1, 0.693044845f, 0.241280205f, 0.0522424743f, 0.0134266843f};
 
 struct Vector8 {
     static constexpr int64_t lanes = 8;
@@ -95,7 +101,8 @@ struct Vector8 {
     static Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) {
         return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
     }
-    template <int D> static Vec exp2(Vec x) {
+    template <int D>
+    static Vec exp2(Vec x) {
         x = max(fill(-127), x);
         const Vec whole = _mm256_floor_ps(x), f = x - whole;
         Vec p = fill(exp2_polynomial<D>[D]);
@@ -124,7 +131,8 @@ struct Vector16 {
     static Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) {
         return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), otherwise, then);
     }
-    template <int D> static Vec exp2(Vec x) {
+    template <int D>
+    static Vec exp2(Vec x) {
         const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
         Vec p = fill(exp2_polynomial<D>[D]);
 #pragma GCC unroll 6
@@ -136,17 +144,17 @@ struct Vector16 {
 
 #define ATTENTION_BLOCKS AttentionAvx2
 #define ATTENTION_VECTOR Vector8
-#include "attention_float.h"
+#include "llmc/kernels/attention_float.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
 #define ATTENTION_BLOCKS AttentionAvx512
 #define ATTENTION_VECTOR Vector16
-#include "attention_float.h"
+#include "llmc/kernels/attention_float.h"
 #pragma GCC pop_options
 
 #if defined(PRECISION_BF16)
-#include "attention_bf16.h"
+#include "llmc/kernels/attention_bf16.h"
 #endif
 
 #pragma GCC diagnostic pop
