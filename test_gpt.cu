@@ -1,8 +1,7 @@
 // Correctness of the whole model: what train_gpt computes, laid open for dev/tests to compare.
 //
-//   test_gpt dump DIR     one step of the case in DIR, with every tensor that passes between embed, pre, attention,
-//   post
-//                         and head and every gradient; then case["steps"] optimizer steps on the same batch
+//   test_gpt dump DIR     one step of the case in DIR: every tensor that passes between embed, pre, attention, post and
+//                         head, and every gradient; then the weights after case["steps"] steps on the same batch
 //   test_gpt adamw DIR    the optimizer alone, fed DIR/gradients.safetensors
 //   test_gpt logits DIR   the logits of case["checkpoint"] after each of case["tokens"], as `generate` computes them
 //

@@ -4,7 +4,7 @@ layout) and weights.safetensors; `./test_gpt dump DIR` and `reference` below tur
     loss, head.losses                         mean over the targets; one for each token
     embed, pre.0.qkv, attention.0.out, ...    the borders, sequence after sequence, whatever the chunks were
     d.embed, d.pre.0.qkv, ...                 gradients at the borders
-    grad.NAME, weight.NAME                    of each parameter; weights after case["steps"] AdamW steps on the same batch
+    grad.NAME, weight.NAME                    of each parameter; weights after case["steps"] AdamW steps on one batch
 
 `python3 dev/reference/compare.py DIR` prints every tensor's error for a case that is there.
 """

@@ -84,13 +84,16 @@ def test_checkpoint_loads_with_from_pretrained(head, window, tmp_path, capsys):
     case = {"checkpoint": str(checkpoint), "tokens": window[:-1].tolist(), "threads": 2}
     (tmp_path / "case.json").write_text(json.dumps(case))
     ours = compare.run_ours(tmp_path, "logits")["logits"]
-    largest = {"ours": np.abs(ours - theirs).max(), "gpt.py": np.abs(reference_logits(model, window[:-1]) - theirs).max()}
-    evaluated = train_gpt("eval", "--checkpoint", checkpoint, "--data", tmp_path / "tokens.bin", "--packing", "contiguous")
+    reference = reference_logits(model, window[:-1])
+    from_ours, from_reference = np.abs(ours - theirs).max(), np.abs(reference - theirs).max()
+    data = tmp_path / "tokens.bin"
+    evaluated = train_gpt("eval", "--checkpoint", checkpoint, "--data", data, "--packing", "contiguous")
     loss = float(evaluated.split("\nloss ")[1].split()[0])
     with capsys.disabled():
-        print(f"\nlogits of up to {np.abs(theirs).max():.1f}: largest difference to transformers {largest} (bound 1e-4); "
+        print(f"\nlogits of up to {np.abs(theirs).max():.1f}; difference to transformers: ours {from_ours:.1e}, "
+              f"gpt.py {from_reference:.1e} (bound 1e-4)\n"
               f"`eval` {loss:.6f} nats, transformers {loss_of(model, window):.6f} (bound 1e-5)")  # fmt: skip
-    assert largest["ours"] <= 1e-4 and largest["gpt.py"] <= 1e-4
+    assert from_ours <= 1e-4 and from_reference <= 1e-4
     assert abs(loss - loss_of(model, window)) <= 1e-5
 
 
@@ -117,6 +120,7 @@ def test_init_from_a_model_that_transformers_saved(form, window, tmp_path, capsy
     first, *_ = rows = train_on_window(tmp_path, "--init-from", tmp_path / "gpt2", "--steps", 1)
     losses = first["val_loss"], next(row["loss"] for row in rows if "loss" in row)
     with capsys.disabled():
-        print(f"\n{form}: transformers {wanted:.6f}, val_loss {losses[0]:.6f}, loss of step 1 {losses[1]:.6f} (bound 1e-6)")
+        print(f"\n{form}: transformers {wanted:.6f}, val_loss {losses[0]:.6f}, loss of step 1 {losses[1]:.6f} "
+              "(bound 1e-6)")  # fmt: skip
     for loss in losses:
         assert abs(loss - wanted) <= 1e-6 * wanted
