@@ -1,0 +1,200 @@
+// Schedules, their proof and their simulation: the worked examples of HelixPipe, its table of exchanges, wrong plans
+// that must be refused, thousands of random instances, bubbles against closed forms and against a second simulator.
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <random>
+
+#include "dev/tests/brute_force.h"
+#include "llmc/pipeline/check.h"
+#include "llmc/pipeline/print.h"
+#include "llmc/pipeline/schedules/schedules.h"
+
+namespace {
+
+OpLists lists_of(const std::string& name, const ScheduleInput& in) { return find_schedule(name)->lists(in); }
+
+std::string describe(const std::string& name, const ScheduleInput& in) {
+    return name + " p=" + std::to_string(in.ranks) + " L=" + std::to_string(in.layers) + " m=" + std::to_string(in.chunks) +
+           " F=" + std::to_string(in.folds) + " v=" + std::to_string(in.virtual_stages) + (in.training ? "" : " forward only");
+}
+
+// The seed of everything random, printed; another one with SEED=n.
+unsigned seed() {
+    const char* text = std::getenv("SEED");
+    const unsigned value = text ? unsigned(std::strtoul(text, nullptr, 10)) : 5;
+    std::printf("  SEED=%u\n", value);
+    return value;
+}
+
+// Times of the parts. Backward takes twice the forward, and where it recomputes blocks, their forward on top; a split
+// backward halves. Embedding and head cost nothing.
+struct Times {
+    double pre, attention, post;
+    bool recompute = false;
+
+    double operator()(const Op& op) const {
+        const double forward = op.part == Part::pre         ? pre
+                               : op.part == Part::attention ? attention
+                               : op.part == Part::post      ? post
+                                                            : 0;
+        if (op.pass != Pass::B) return forward;
+        return forward * (op.part == Part::attention ? 2 : (op.split ? 1 : 2) + recompute);
+    }
+};
+
+double no_time(const Op&) { return 0; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The examples of the specification
+
+TEST(Helix, WorkedExampleOfTwoRanks) {
+    const ScheduleInput in{2, 4, 4, 2};
+    const OpLists lists = lists_of("helix", in);
+    EXPECT_EQ(print_list(lists[0], in),
+              "P0.m0<>1 P0.m1<>1 P0.m2 A0.m2<>1 P0.m3 A0.m3<>1 A1.m0 P2.m0<>1 A1.m1 P2.m1<>1 P2.m2 A2.m2<>1 P2.m3 A2.m3<>1 "
+              "A3.m0 P4.m0<>1 A3.m1 P4.m1<>1 P4.m2 P4.m3 "
+              "P~4.m3<>1 P~4.m2<>1 P~4.m1 A~3.m1<>1 P~4.m0 A~3.m0<>1 A~2.m3 P~2.m3<>1 A~2.m2 P~2.m2<>1 P~2.m1 A~1.m1<>1 "
+              "P~2.m0 A~1.m0<>1 A~0.m3 P~0.m3<>1 A~0.m2 P~0.m2<>1 P~0.m1 P~0.m0");
+    EXPECT_EQ(print_list(lists[1], in),
+              "(recv0) (recv0) A0.m0 P1.m0<>0 A0.m1 P1.m1<>0 P1.m2 A1.m2<>0 P1.m3 A1.m3<>0 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 "
+              "P3.m2 A3.m2<>0 P3.m3 A3.m3<>0 "
+              "(recv0) (recv0) A~3.m3 P~3.m3<>0 A~3.m2 P~3.m2<>0 P~3.m1 A~2.m1<>0 P~3.m0 A~2.m0<>0 A~1.m3 P~1.m3<>0 A~1.m2 "
+              "P~1.m2<>0 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0");
+}
+
+TEST(Helix, WorkedExampleOfFourRanks) {
+    const ScheduleInput in{4, 4, 8, 2};
+    const OpLists lists = lists_of("helix", in);
+    EXPECT_EQ(print_list(lists[0], in),
+              "P0.m0<>1 P0.m1<>1 P0.m2<>2 P0.m3<>2 P0.m4<>3 P0.m5<>3 P0.m6 A0.m6<>1 P0.m7 A0.m7<>1 A1.m4<>2 A1.m5<>2 A2.m2<>3 "
+              "A2.m3<>3 A3.m0 P4.m0<>1 A3.m1 P4.m1<>1 P4.m2<>2 P4.m3<>2 P4.m4<>3 P4.m5<>3 P4.m6 P4.m7 "
+              "P~4.m7<>3 P~4.m6<>3 P~4.m5<>2 P~4.m4<>2 P~4.m3<>1 P~4.m2<>1 P~4.m1 A~3.m1<>3 P~4.m0 A~3.m0<>3 A~2.m3<>2 "
+              "A~2.m2<>2 A~1.m5<>1 A~1.m4<>1 A~0.m7 P~0.m7<>3 A~0.m6 P~0.m6<>3 P~0.m5<>2 P~0.m4<>2 P~0.m3<>1 P~0.m2<>1 "
+              "P~0.m1 P~0.m0");
+    EXPECT_EQ(print_list(lists[1], in),
+              "(recv0) (recv0) A0.m0 P1.m0<>2 A0.m1 P1.m1<>2 P1.m2<>3 P1.m3<>3 P1.m4<>0 P1.m5<>0 P1.m6 A1.m6<>2 P1.m7 A1.m7<>2 "
+              "A2.m4<>3 A2.m5<>3 A3.m2<>0 A3.m3<>0 "
+              "(recv0) (recv0) A~3.m3<>3 A~3.m2<>3 A~2.m5<>2 A~2.m4<>2 A~1.m7 P~1.m7<>0 A~1.m6 P~1.m6<>0 P~1.m5<>3 P~1.m4<>3 "
+              "P~1.m3<>2 P~1.m2<>2 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0");
+    EXPECT_EQ(print_list(lists[2], in),
+              "(recv0) (recv0) A0.m2<>1 A0.m3<>1 A1.m0 P2.m0<>3 A1.m1 P2.m1<>3 P2.m2<>0 P2.m3<>0 P2.m4<>1 P2.m5<>1 P2.m6 "
+              "A2.m6<>3 P2.m7 A2.m7<>3 A3.m4<>0 A3.m5<>0 "
+              "(recv0) (recv0) A~3.m5<>3 A~3.m4<>3 A~2.m7 P~2.m7<>1 A~2.m6 P~2.m6<>1 P~2.m5<>0 P~2.m4<>0 P~2.m3<>3 P~2.m2<>3 "
+              "P~2.m1 A~1.m1<>1 P~2.m0 A~1.m0<>1 A~0.m3<>0 A~0.m2<>0");
+    EXPECT_EQ(print_list(lists[3], in),
+              "(recv0) (recv0) A0.m4<>1 A0.m5<>1 A1.m2<>2 A1.m3<>2 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 P3.m2<>1 P3.m3<>1 P3.m4<>2 "
+              "P3.m5<>2 P3.m6 A3.m6<>0 P3.m7 A3.m7<>0 "
+              "(recv0) (recv0) A~3.m7 P~3.m7<>2 A~3.m6 P~3.m6<>2 P~3.m5<>1 P~3.m4<>1 P~3.m3<>0 P~3.m2<>0 P~3.m1 A~2.m1<>2 "
+              "P~3.m0 A~2.m0<>2 A~1.m3<>1 A~1.m2<>1 A~0.m5<>0 A~0.m4<>0");
+}
+
+// Start and end of every op of the one-fold example: p = 4, L = 4, m = 4, blocks 1 (first and last 0.5), attention 2.
+TEST(Helix, SlotTimesOfOneFold) {
+    const ScheduleInput in{4, 4, 4, 1};
+    const OpLists lists = lists_of("helix", in);
+    const Timeline timeline = simulate(lists, in, Times{0.5, 2, 0.5}, no_time);
+    const auto slots = [&](size_t r) {  // "A0.m3 2-4": ops of one name are one entry
+        std::string text, last;
+        double end = 0;
+        char number[32];
+        const auto time = [&](double t) { return std::snprintf(number, sizeof number, "%g", t), std::string(number); };
+        for (size_t i = 0; i < lists[r].size() && lists[r][i].pass == Pass::F; ++i) {
+            if (lists[r][i].kind != Kind::compute) continue;
+            const std::string now = print_list({lists[r][i]}, in);
+            if (now != last) text += (last.empty() ? "" : "-" + time(end) + " ") + now + " " + time(timeline.spans[r][i].start);
+            last = now;
+            end = timeline.spans[r][i].end;
+        }
+        return text + "-" + time(end);
+    };
+    EXPECT_EQ(slots(0), "P0.m0 0-0.5 P0.m1 0.5-1 P0.m2 1-1.5 P0.m3 1.5-2 A0.m3 2-4 A1.m2 5.5-7.5 A2.m1 7.5-9.5 A3.m0 9.5-11.5 "
+                        "P4.m0 11.5-12 P4.m1 12.5-13 P4.m2 13.5-14 P4.m3 14.5-15");
+    EXPECT_EQ(slots(1), "A0.m0 0.5-2.5 P1.m0 2.5-3.5 P1.m1 3.5-4.5 P1.m2 4.5-5.5 P1.m3 5.5-6.5 A1.m3 6.5-8.5 A2.m2 8.5-10.5 "
+                        "A3.m1 10.5-12.5");
+    EXPECT_EQ(slots(2), "A0.m1 1-3 A1.m0 3.5-5.5 P2.m0 5.5-6.5 P2.m1 6.5-7.5 P2.m2 7.5-8.5 P2.m3 8.5-9.5 A2.m3 9.5-11.5 "
+                        "A3.m2 11.5-13.5");
+    EXPECT_EQ(slots(3), "A0.m2 1.5-3.5 A1.m1 4.5-6.5 A2.m0 6.5-8.5 P3.m0 8.5-9.5 P3.m1 9.5-10.5 P3.m2 10.5-11.5 P3.m3 11.5-12.5 "
+                        "A3.m3 12.5-14.5");
+}
+
+// The table of exchanges, row by row: what is posted after a slot, by the block or attention it ends with; and the
+// receives posted by themselves. Full groups; where p does not divide L, each group is exchanged as if it were alone.
+TEST(Helix, TableOfExchanges) {
+    int slots = 0, starts = 0;
+    for (const auto& [p, L, m, F] : std::vector<std::array<int, 4>>{
+             {2, 4, 4, 2}, {4, 4, 8, 2}, {2, 2, 4, 2}, {3, 6, 12, 2}, {4, 8, 4, 1}, {4, 8, 16, 2}, {8, 32, 16, 2},
+             {3, 3, 27, 3}, {3, 4, 6, 1}, {4, 5, 16, 2}, {5, 2, 10, 1}, {4, 7, 12, 1}, {2, 5, 12, 3}}) {
+        const ScheduleInput in{p, L, m, F};
+        const OpLists lists = lists_of("helix", in);
+        const bool closed = L % p == 0;
+        const auto group = [&](const Op& op) { return op.chunk / (p * F); };
+        const auto offset = [&](const Op& op) { return op.chunk / F % p; };
+        for (int r = 0; r < p; ++r) {
+            const std::vector<Op>& list = lists[size_t(r)];
+            const Op* end = nullptr;  // of the slot
+            for (size_t i = 0; i < list.size();) {
+                if (list[i].kind == Kind::compute) {
+                    end = &list[i++];
+                    continue;
+                }
+                std::string sent, received;
+                const Op first = list[i];
+                for (const int batch = first.batch; i < list.size() && list[i].batch == batch; ++i)
+                    (list[i].kind == Kind::send ? sent : received) += message_name(list[i]) + std::to_string(list[i].layer) + ".m" +
+                                                                      std::to_string(list[i].chunk) + " " + std::to_string(list[i].peer);
+                if (!end || end->pass != first.pass || (!closed && sent.empty() && group(*end) != group(first))) {
+                    const bool forward = first.pass == Pass::F;
+                    EXPECT_STREQ(message_name(first), forward ? "X" : "dY");
+                    EXPECT_EQ(first.layer, forward ? 0 : L - 1);
+                    EXPECT_EQ(offset(first), forward ? r - 1 : (r - L % p + p) % p);
+                    EXPECT_EQ(first.peer, forward ? 0 : L % p);
+                    EXPECT_EQ(sent, "");
+                    ++starts;
+                    continue;
+                }
+                const bool forward = end->pass == Pass::F, block = end->part != Part::attention;
+                const int g = group(*end), j = offset(*end), f = end->chunk % F, l = end->layer;
+                const int k = end->part == Part::embed ? 0 : end->part == Part::head ? L : end->part == Part::post ? l + 1 : l;
+                const auto message = [&](const std::string& what, int layer, int in_group, int at_offset, int peer) {
+                    if (in_group < 0 || in_group >= m / (p * F)) return std::string();
+                    return what + std::to_string(layer) + ".m" + std::to_string((in_group * p + at_offset) * F + f) + " " +
+                           std::to_string(peer);
+                };
+                std::string send, receive;
+                if (block && forward && k < L) {
+                    const int peer = (k + j + 1) % p;
+                    send = message("X", k, g, j, peer);
+                    if (k > 0) receive = message("Y", k - 1, g, j + 1, peer);
+                    else if (closed) receive = message("Y", L - 1, g - 1, j + 1, peer);
+                } else if (block && forward) {
+                    receive = message("Y", L - 1, g, j + 1, (L + j + 1) % p);
+                } else if (forward) {
+                    const int peer = (l + 1) % p;
+                    send = message("Y", l, g, j, peer);
+                    if (l < L - 1) receive = message("X", l + 1, g, j - 1, peer);
+                    else if (closed) receive = message("X", 0, g + 1, j - 1, peer);
+                } else if (block && k > 0) {
+                    const int peer = (k + j) % p;
+                    send = message("dY", k - 1, g, j, peer);
+                    if (k < L) receive = message("dX", k, g, j - 1, peer);
+                    else if (closed) receive = message("dX", 0, g + 1, j - 1, peer);
+                } else if (block) {
+                    receive = message("dX", 0, g, j - 1, j % p);
+                } else {
+                    const int peer = l % p;
+                    send = message("dX", l, g, j, peer);
+                    if (l > 0) receive = message("dY", l - 1, g, j + 1, peer);
+                    else if (closed) receive = message("dY", L - 1, g - 1, j + 1, peer);
+                }
+                EXPECT_EQ(sent, send) << describe("helix", in) << " rank " << r << " after " << op_name(*end);
+                EXPECT_EQ(received, receive) << describe("helix", in) << " rank " << r << " after " << op_name(*end);
+                ++slots;
+            }
+        }
+    }
+    std::printf("  %d exchanges after slots and %d receives by themselves as in the table\n", slots, starts);
+}
+
+}  // namespace
