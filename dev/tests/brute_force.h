@@ -1,10 +1,11 @@
 // A second simulator of op lists, written to share nothing with llmc/pipeline/simulate.h, against which that one is
 // tested. Time goes from event to event, and at each of them everything that can start is started. What an op takes is
-// looked up by name. Slow, and plain.
+// looked up by name.
 #pragma once
 
+#include <algorithm>
 #include <map>
-#include <string>
+#include <set>
 #include <tuple>
 #include <vector>
 
@@ -20,26 +21,26 @@ struct BruteForce {
 // compute(op), transfer(op): durations.
 template <class Compute, class Transfer>
 BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Compute compute, Transfer transfer) {
-    using Name = std::tuple<std::string, bool, int, int>;  // part, forward, layer, chunk
-    const auto name = [](std::string part, bool forward, int layer, int chunk) { return Name{part, forward, layer, chunk}; };
-    const auto result = [&](const Op& op) { return name(part_name(op.part), op.pass == Pass::F, op.layer, op.chunk); };
-    // The results any of which an op takes: what lies between is at hand.
-    const auto inputs = [&](const Op& op) -> std::vector<Name> {
+    using Name = std::tuple<int, Part, bool, int>;  // chunk, part, forward, layer
+    const auto result = [](const Op& op) { return Name{op.chunk, op.part, op.pass == Pass::F, op.layer}; };
+    const auto input = [&](const Op& op) -> Name {  // itself if it takes nothing
         const int l = op.layer, c = op.chunk, last = layers - 1;
-        const std::string part = part_name(op.part);
-        if (op.pass == Pass::W) return {};
-        if (op.pass == Pass::F) {
-            if (part == "embed") return {};
-            if (part == "pre") return {l == 0 ? name("embed", true, -1, c) : name("post", true, l - 1, c)};
-            if (part == "attention") return {name("pre", true, l, c)};
-            if (part == "post") return {name("attention", true, l, c)};
-            return {name("post", true, last, c)};
+        if (op.pass == Pass::W) return result(op);
+        if (op.pass == Pass::F) switch (op.part) {
+                case Part::embed: return result(op);
+                case Part::pre: return l == 0 ? Name{c, Part::embed, true, -1} : Name{c, Part::post, true, l - 1};
+                case Part::attention: return {c, Part::pre, true, l};
+                case Part::post: return {c, Part::attention, true, l};
+                case Part::head: return {c, Part::post, true, last};
+            }
+        switch (op.part) {
+            case Part::head: return {c, Part::post, true, last};
+            case Part::post: return l == last ? Name{c, Part::head, false, -1} : Name{c, Part::pre, false, l + 1};
+            case Part::attention: return {c, Part::post, false, l};
+            case Part::pre: return {c, Part::attention, false, l};
+            case Part::embed: return {c, Part::pre, false, 0};
         }
-        if (part == "head") return {name("post", true, last, c)};
-        if (part == "post") return {l == last ? name("head", false, -1, c) : name("pre", false, l + 1, c)};
-        if (part == "attention") return {name("post", false, l, c)};
-        if (part == "pre") return {name("attention", false, l, c)};
-        return {name("pre", false, 0, c)};
+        return {};
     };
 
     struct Rank {
@@ -49,7 +50,7 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
         size_t head = 0;                               // batch being served
         size_t arrived = 0;                            // of its messages
         std::map<Name, double> received;               // and when
-        std::map<Name, bool> expected;                 // everything the list receives
+        std::set<Name> expected;                       // all that the list receives
     };
     struct Flight {
         Name what;
@@ -63,10 +64,10 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
         out.busy.push_back(0), out.first.push_back(-1), out.last.push_back(-1);
         out.ran.emplace_back(lists[r].size());
         for (const Op& op : lists[r])
-            if (op.kind == Kind::receive) ranks[r].expected[result(op)] = true;
+            if (op.kind == Kind::receive) ranks[r].expected.insert(result(op));
     }
     std::vector<Flight> flights;
-    std::map<std::tuple<int, int, Name>, bool> flown;
+    std::set<Name> flown;
     double now = 0;
     for (;;) {
         for (bool progress = true; progress;) {
@@ -86,12 +87,12 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
                 Rank& rank = ranks[r];
                 if (rank.head < rank.queue.size())
                     for (const Op* op : rank.queue[rank.head]) {
-                        if (op->kind != Kind::send || flown.count({r, op->peer, result(*op)})) continue;
+                        if (op->kind != Kind::send || flown.count(result(*op))) continue;
                         Rank& peer = ranks[op->peer];
                         if (peer.head == peer.queue.size()) continue;
                         for (const Op* other : peer.queue[peer.head])
                             if (other->kind == Kind::receive && other->peer == r && result(*other) == result(*op)) {
-                                flown[{r, op->peer, result(*op)}] = true;
+                                flown.insert(result(*op));
                                 flights.push_back({result(*op), r, op->peer, now + transfer(*op)});
                                 progress = true;
                             }
@@ -110,9 +111,7 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
                         progress = true;
                         continue;
                     }
-                    bool ready = true;
-                    for (const Name& input : inputs(op)) ready = ready && (!rank.expected.count(input) || rank.received.count(input));
-                    if (!ready) break;
+                    if (rank.expected.count(input(op)) && !rank.received.count(input(op))) break;
                     const double time = compute(op);
                     if (out.first[r] < 0) out.first[r] = now;
                     out.ran[r][rank.next] = {now, now + time};

@@ -197,4 +197,195 @@ TEST(Helix, TableOfExchanges) {
     std::printf("  %d exchanges after slots and %d receives by themselves as in the table\n", slots, starts);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Wrong plans
+
+// A plan that must be refused, with a sentence that has these words.
+std::string expect_refused(const OpLists& lists, const ScheduleInput& in, const std::string& words = "") {
+    std::string sentences;
+    for (const std::string& sentence : check_lists(lists, in)) sentences += sentence + "\n";
+    EXPECT_NE(sentences, "");
+    EXPECT_NE(sentences.find(words), std::string::npos) << "sentences:\n" << sentences << "lack: " << words;
+    return sentences.substr(0, sentences.find('\n'));
+}
+
+// Every batch in two, sends before receives: exchanges that are not posted together.
+OpLists unbatched(OpLists lists) {
+    for (std::vector<Op>& list : lists) {
+        int number = -1;
+        const Op* last = nullptr;
+        for (size_t i = 0; i < list.size();) {
+            size_t end = i;
+            while (end < list.size() && list[end].kind != Kind::compute && list[end].batch == list[i].batch) ++end;
+            std::stable_sort(list.begin() + long(i), list.begin() + long(end), [](const Op& a, const Op& b) { return a.kind < b.kind; });
+            last = nullptr;
+            for (; i < end; last = &list[i++]) list[i].batch = number += !last || last->kind != list[i].kind;
+            if (i < list.size() && list[i].kind == Kind::compute) ++i;
+        }
+    }
+    return lists;
+}
+
+TEST(Check, RefusesWrongPlans) {
+    const std::vector<std::pair<std::string, ScheduleInput>> plans = {
+        {"helix", {4, 4, 8, 2}}, {"helix", {3, 4, 5, 1}},         {"1f1b", {3, 5, 4}},
+        {"gpipe", {2, 2, 3}},    {"interleaved", {2, 4, 4, 2, 2}}, {"zb-h2", {3, 3, 6}},
+    };
+    int tried = 0;
+    for (const auto& [name, in] : plans) {
+        const OpLists good = lists_of(name, in);
+        ASSERT_EQ(check_lists(good, in), std::vector<std::string>()) << describe(name, in);
+        for (size_t r = 0; r < good.size(); ++r)
+            for (size_t i = 0; i < good[r].size(); ++i) {
+                const Op& op = good[r][i];
+                SCOPED_TRACE(describe(name, in) + " rank " + std::to_string(r) + " " + op_name(op));
+                const auto refused = [&](const std::string& words, auto change) {
+                    OpLists lists = good;
+                    change(lists, lists[r], lists[r].begin() + long(i));
+                    expect_refused(lists, in, words);
+                    ++tried;
+                };
+                refused("", [](auto&, auto& list, auto at) { list.erase(at); });
+                refused(op_name(op), [](auto&, auto& list, auto at) { list.insert(at, *at); });
+                refused("", [&](auto&, auto&, auto at) { at->chunk = (at->chunk + 1) % in.chunks; });
+                refused("", [&](auto&, auto&, auto at) { at->layer += 1; });
+                if (op.kind == Kind::compute) {
+                    const bool first = op.part == Part::embed && op.pass == Pass::F;
+                    if (!first && i > 0) refused("", [](auto&, auto& list, auto at) { std::rotate(list.begin(), at, at + 1); });
+                    if (op.split) refused("adds them again", [](auto&, auto&, auto at) { at->split = false; });
+                    refused("", [&](auto& lists, auto& list, auto at) {  // on another rank
+                        list.erase(at);
+                        lists[(r + 1) % lists.size()].push_back(op);
+                    });
+                    continue;
+                }
+                refused("in no batch", [](auto&, auto&, auto at) { at->batch = -1; });
+                refused("no other rank", [&](auto&, auto&, auto at) { at->peer = int(r); });
+                refused("", [](auto&, auto&, auto at) { at->kind = at->kind == Kind::send ? Kind::receive : Kind::send; });
+                for (int peer = 0; peer < in.ranks; ++peer)
+                    if (peer != op.peer && peer != int(r))
+                        refused(op.kind == Kind::send ? "no receive at its peer" : "no send at its peer",
+                                [&](auto&, auto&, auto at) { at->peer = peer; });
+                for (size_t k = i + 1; k < good[r].size(); ++k)  // swapped with the next one of its kind to its peer
+                    if (good[r][k].kind == op.kind && good[r][k].peer == op.peer) {
+                        refused("", [&](auto&, auto& list, auto) {
+                            std::swap(list[i], list[k]);
+                            std::swap(list[i].batch, list[k].batch);
+                        });
+                        break;
+                    }
+                const auto other_end = [&](auto& list) {
+                    return std::find_if(list.begin(), list.end(), [&](const Op& o) {
+                        return o.kind == Kind::receive && std::tie(o.part, o.pass, o.layer, o.chunk) == std::tie(op.part, op.pass, op.layer, op.chunk);
+                    });
+                };
+                if (op.kind == Kind::send) {
+                    refused("listed twice", [&](auto& lists, auto& list, auto at) {  // both ends
+                        list.insert(at, op);
+                        auto& peer = lists[size_t(op.peer)];
+                        peer.insert(other_end(peer), *other_end(peer));
+                    });
+                    refused("lacks its input", [&](auto& lists, auto& list, auto at) {
+                        list.erase(at);
+                        auto& peer = lists[size_t(op.peer)];
+                        peer.erase(other_end(peer));
+                    });
+                }
+            }
+        if (name == "gpipe") continue;  // messages one way at a time need no batches
+        const std::string sentence = expect_refused(unbatched(good), in, "waits for ever: a deadlock");
+        std::printf("  %s unbatched: %s\n", describe(name, in).c_str(), sentence.c_str());
+    }
+    std::printf("  %d wrong plans refused\n", tried);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Bubbles
+
+// The bubble without communication where a closed form is exact, negative elsewhere.
+double closed_form(const std::string& name, const ScheduleInput& in, const Times& t) {
+    const int p = in.ranks, L = in.layers, m = in.chunks, F = in.folds, v = in.virtual_stages;
+    if (p < 2 || L % p != 0 || !in.training) return -1;
+    const double layers = L / p, blocks = t.pre + t.post;
+    const double forward = layers * (blocks + t.attention);
+    const double backward = layers * ((t.recompute ? 2 : 1) * blocks + 2 * t.attention), weights = layers * blocks;
+    if (name == "gpipe" || name == "1f1b") return (p - 1) * (forward + backward + weights);
+    if (name == "interleaved" && L % (p * v) == 0 && m % p == 0) return (p - 1) * (forward + backward + weights) / v;
+    if (name == "zb-h1" && m >= p) return (p - 1) * (forward + backward - weights);
+    if (name == "zb-h2" && m >= 2 * p - 1) return (p - 1) * (forward + backward - 2 * weights);
+    const double passes = t.recompute ? 4 : 3;
+    if (name == "helix" && F == 1 && m % p == 0) return passes * (p - 1) * blocks;
+    // An attention hides a block, in the backward pass as well.
+    const bool hides = t.pre == 0 && t.attention >= t.post && 2 * t.attention >= (passes - 1) * t.post;
+    if (name == "helix" && F > 1 && m % (p * F) == 0 && hides) return passes * (F * (p - 2) + 1) * t.post;
+    return -1;
+}
+
+// Idle time of the busiest rank; for ZB-H2, which lets every rank start late and end early, within its own span.
+double bubble(const std::string& name, const Timeline& timeline) {
+    if (name != "zb-h2") return timeline.bubble();
+    double longest = 0;
+    for (const Span& span : timeline.active) longest = std::max(longest, span.end - span.start);
+    return longest - *std::max_element(timeline.busy.begin(), timeline.busy.end());
+}
+
+TEST(Schedules, RandomInstances) {
+    std::mt19937 generator(seed());
+    const auto random = [&](int low, int high) { return low + int(generator() % unsigned(high - low + 1)); };
+    std::map<std::string, int> lists_checked, exact, compared;
+    int uneven = 0;
+    for (int instance = 0; instance < 5000; ++instance) {
+        ScheduleInput in{random(1, 16), random(1, 64), random(1, 64), random(1, 3), random(1, 4)};
+        const auto multiples = [&] { return in.layers % in.ranks == 0 && in.chunks % (in.ranks * in.folds) == 0; };
+        if (instance % 2 == 0) {
+            const int stages = in.ranks * in.virtual_stages, group = in.ranks * in.folds;
+            in.layers = std::max(1, in.layers / stages) * stages;
+            in.chunks = std::max(1, in.chunks / group) * group;
+        } else if (multiples()) {
+            (random(0, 1) ? in.layers : in.chunks) += 1;
+        }
+        uneven += !multiples();
+        in.training = random(0, 9) > 0;
+        for (const Schedule& schedule : schedules()) {
+            ScheduleInput mine = in;
+            if (schedule.name != "interleaved") mine.virtual_stages = 1;
+            ASSERT_EQ(refusal(schedule, mine), "");
+            const OpLists lists = schedule.lists(mine);
+            const std::vector<std::string> problems = check_lists(lists, mine);
+            ASSERT_TRUE(problems.empty()) << describe(schedule.name, mine) << ": " << problems[0];
+            ++lists_checked[schedule.name];
+            for (size_t r = 0; r < lists.size(); ++r)
+                for (const Op& op : lists[r])
+                    ASSERT_TRUE(op.kind != Kind::compute || schedule.owner(mine, op.part, op.layer, op.chunk) == int(r))
+                        << describe(schedule.name, mine) << " rank " << r << " " << op_name(op);
+
+            Times times{double(random(0, 4)), double(random(1, 20)), double(random(1, 8)), random(0, 1) == 1};
+            if (schedule.name == "helix" && in.folds > 1 && random(0, 1)) times = {0, times.attention + times.post, times.post};
+            const double expected = closed_form(schedule.name, mine, times);
+            if (expected >= 0) {
+                const Timeline timeline = simulate(lists, mine, times, no_time);
+                ASSERT_EQ(bubble(schedule.name, timeline), expected)
+                    << describe(schedule.name, mine) << " times " << times.pre << " " << times.attention << " " << times.post;
+                ++exact[schedule.name];
+            } else {
+                const int message = random(0, 3);
+                const auto message_time = [&](const Op& op) { return double(message * (1 + op.chunk % 3)); };
+                const Timeline timeline = simulate(lists, mine, times, message_time);
+                const BruteForce second = brute_force(lists, mine.layers, times, message_time);
+                ASSERT_TRUE(second.finished) << describe(schedule.name, mine);
+                ASSERT_EQ(timeline.makespan, second.makespan) << describe(schedule.name, mine);
+                ASSERT_EQ(timeline.busy, second.busy) << describe(schedule.name, mine);
+                for (size_t r = 0; r < lists.size(); ++r)
+                    for (size_t i = 0; i < lists[r].size(); ++i)
+                        ASSERT_TRUE(lists[r][i].kind != Kind::compute || timeline.spans[r][i].start == second.ran[r][i].first);
+                ++compared[schedule.name];
+            }
+        }
+    }
+    std::printf("  %d of 5000 instances with L no multiple of p or m none of p x F\n", uneven);
+    for (const auto& [name, count] : lists_checked)
+        std::printf("  %-12s %d plans proven, %d bubbles equal to the closed form, %d plans to the brute force\n", name.c_str(), count,
+                    exact[name], compared[name]);
+}
+
 }  // namespace

@@ -32,15 +32,15 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
     };
 
     // Form. What follows relies on it.
-    std::vector<int> batches(lists.size());  // of each rank, so far
+    std::vector<int> last_batch(lists.size(), -1);  // of each rank
     each([&](int r, int i, const Op& op) {
         if (chain.position(op) < 0 || op.chunk < 0 || op.chunk >= in.chunks) return problem(r, op, "is not in the model");
         if (op.kind == Kind::compute) return;
         const bool first = i == 0 || lists[size_t(r)][size_t(i) - 1].batch != op.batch;
         if (op.peer < 0 || op.peer >= ranks || op.peer == r) problem(r, op, "has no other rank as its peer");
         if (op.pass == Pass::W || op.split) problem(r, op, "is no message: gradients of weights stay where they are");
-        if (op.batch != batches[size_t(r)] - !first) problem(r, op, "is in no batch, or in one that is not posted in one piece");
-        batches[size_t(r)] += first;
+        if (op.batch < 0 || op.batch < last_batch[size_t(r)] + first) problem(r, op, "is in no batch, or in one that is not posted in one piece");
+        else last_batch[size_t(r)] = op.batch;
     });
     if (!problems.empty()) return problems;
 
