@@ -4,9 +4,7 @@
 #pragma once
 
 #include <algorithm>
-#include <map>
-#include <set>
-#include <tuple>
+#include <unordered_set>
 #include <vector>
 
 #include "llmc/pipeline/op.h"
@@ -14,43 +12,56 @@
 struct BruteForce {
     bool finished = false;
     double makespan = 0;
-    std::vector<double> busy, first, last;              // [rank]
-    std::vector<std::vector<std::pair<double, double>>> ran;  // [rank][op] start and end of compute ops
+    std::vector<double> busy;                // [rank]
+    std::vector<std::vector<double>> start;  // [rank][op] of compute ops
 };
 
 // compute(op), transfer(op): durations.
 template <class Compute, class Transfer>
 BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Compute compute, Transfer transfer) {
-    using Name = std::tuple<int, Part, bool, int>;  // chunk, part, forward, layer
-    const auto result = [](const Op& op) { return Name{op.chunk, op.part, op.pass == Pass::F, op.layer}; };
+    using Name = int64_t;
+    const auto name = [&](Part part, bool forward, int layer, int chunk) {
+        return ((Name(chunk) * (layers + 1) + layer + 1) * 5 + int(part)) * 2 + forward;
+    };
+    const auto result = [&](const Op& op) { return name(op.part, op.pass == Pass::F, op.layer, op.chunk); };
     const auto input = [&](const Op& op) -> Name {  // itself if it takes nothing
         const int l = op.layer, c = op.chunk, last = layers - 1;
         if (op.pass == Pass::W) return result(op);
         if (op.pass == Pass::F) switch (op.part) {
-                case Part::embed: return result(op);
-                case Part::pre: return l == 0 ? Name{c, Part::embed, true, -1} : Name{c, Part::post, true, l - 1};
-                case Part::attention: return {c, Part::pre, true, l};
-                case Part::post: return {c, Part::attention, true, l};
-                case Part::head: return {c, Part::post, true, last};
+                case Part::embed:
+                    return result(op);
+                case Part::pre:
+                    return l == 0 ? name(Part::embed, true, -1, c) : name(Part::post, true, l - 1, c);
+                case Part::attention:
+                    return name(Part::pre, true, l, c);
+                case Part::post:
+                    return name(Part::attention, true, l, c);
+                case Part::head:
+                    return name(Part::post, true, last, c);
             }
         switch (op.part) {
-            case Part::head: return {c, Part::post, true, last};
-            case Part::post: return l == last ? Name{c, Part::head, false, -1} : Name{c, Part::pre, false, l + 1};
-            case Part::attention: return {c, Part::post, false, l};
-            case Part::pre: return {c, Part::attention, false, l};
-            case Part::embed: return {c, Part::pre, false, 0};
+            case Part::head:
+                return name(Part::post, true, last, c);
+            case Part::post:
+                return l == last ? name(Part::head, false, -1, c) : name(Part::pre, false, l + 1, c);
+            case Part::attention:
+                return name(Part::post, false, l, c);
+            case Part::pre:
+                return name(Part::attention, false, l, c);
+            case Part::embed:
+                return name(Part::pre, false, 0, c);
         }
-        return {};
+        return -1;
     };
 
     struct Rank {
         size_t next = 0;
-        double free = 0;                               // end of the op that runs
-        std::vector<std::vector<const Op*>> queue;     // batches posted
-        size_t head = 0;                               // batch being served
-        size_t arrived = 0;                            // of its messages
-        std::map<Name, double> received;               // and when
-        std::set<Name> expected;                       // all that the list receives
+        double free = 0;                            // end of the op that runs
+        std::vector<std::vector<const Op*>> queue;  // batches posted
+        size_t head = 0;                            // batch being served
+        size_t arrived = 0;                         // of its messages
+        std::unordered_set<Name> received;
+        std::unordered_set<Name> expected;  // all that the list receives
     };
     struct Flight {
         Name what;
@@ -61,13 +72,13 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
     std::vector<Rank> ranks(static_cast<size_t>(p));
     BruteForce out;
     for (int r = 0; r < p; ++r) {
-        out.busy.push_back(0), out.first.push_back(-1), out.last.push_back(-1);
-        out.ran.emplace_back(lists[r].size());
+        out.busy.push_back(0);
+        out.start.emplace_back(lists[r].size());
         for (const Op& op : lists[r])
             if (op.kind == Kind::receive) ranks[r].expected.insert(result(op));
     }
     std::vector<Flight> flights;
-    std::set<Name> flown;
+    std::unordered_set<Name> flown;
     double now = 0;
     for (;;) {
         for (bool progress = true; progress;) {
@@ -76,9 +87,10 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
                 if (flights[i].end <= now) {
                     const Flight f = flights[i];
                     flights.erase(flights.begin() + long(i));
-                    ranks[f.to].received[f.what] = f.end;
+                    ranks[f.to].received.insert(f.what);
                     for (int r : {f.from, f.to})
-                        if (++ranks[r].arrived == ranks[r].queue[ranks[r].head].size()) ++ranks[r].head, ranks[r].arrived = 0;
+                        if (++ranks[r].arrived == ranks[r].queue[ranks[r].head].size())
+                            ++ranks[r].head, ranks[r].arrived = 0;
                     progress = true;
                 } else {
                     ++i;
@@ -113,10 +125,8 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
                     }
                     if (rank.expected.count(input(op)) && !rank.received.count(input(op))) break;
                     const double time = compute(op);
-                    if (out.first[r] < 0) out.first[r] = now;
-                    out.ran[r][rank.next] = {now, now + time};
+                    out.start[r][rank.next] = now;
                     rank.free = now + time;
-                    out.last[r] = rank.free;
                     out.busy[r] += time;
                     ++rank.next;
                     progress = true;
@@ -135,7 +145,7 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
     out.finished = flights.empty();
     for (int r = 0; r < p; ++r) {
         out.finished = out.finished && ranks[r].next == lists[r].size() && ranks[r].head == ranks[r].queue.size();
-        out.makespan = std::max(out.makespan, out.last[r]);
+        out.makespan = std::max(out.makespan, ranks[r].free);
     }
     return out;
 }

@@ -2,9 +2,12 @@
 // that must be refused, thousands of random instances, bubbles against closed forms and against a second simulator.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <chrono>
 #include <cstdlib>
+#include <map>
 #include <random>
+#include <tuple>
 
 #include "dev/tests/brute_force.h"
 #include "llmc/pipeline/check.h"
@@ -16,8 +19,9 @@ namespace {
 OpLists lists_of(const std::string& name, const ScheduleInput& in) { return find_schedule(name)->lists(in); }
 
 std::string describe(const std::string& name, const ScheduleInput& in) {
-    return name + " p=" + std::to_string(in.ranks) + " L=" + std::to_string(in.layers) + " m=" + std::to_string(in.chunks) +
-           " F=" + std::to_string(in.folds) + " v=" + std::to_string(in.virtual_stages) + (in.training ? "" : " forward only");
+    return name + " p=" + std::to_string(in.ranks) + " L=" + std::to_string(in.layers) +
+           " m=" + std::to_string(in.chunks) + " F=" + std::to_string(in.folds) +
+           " v=" + std::to_string(in.virtual_stages) + (in.training ? "" : " forward only");
 }
 
 // The seed of everything random, printed; another one with SEED=n.
@@ -52,42 +56,49 @@ double no_time(const Op&) { return 0; }
 TEST(Helix, WorkedExampleOfTwoRanks) {
     const ScheduleInput in{2, 4, 4, 2};
     const OpLists lists = lists_of("helix", in);
-    EXPECT_EQ(print_list(lists[0], in),
-              "P0.m0<>1 P0.m1<>1 P0.m2 A0.m2<>1 P0.m3 A0.m3<>1 A1.m0 P2.m0<>1 A1.m1 P2.m1<>1 P2.m2 A2.m2<>1 P2.m3 A2.m3<>1 "
-              "A3.m0 P4.m0<>1 A3.m1 P4.m1<>1 P4.m2 P4.m3 "
-              "P~4.m3<>1 P~4.m2<>1 P~4.m1 A~3.m1<>1 P~4.m0 A~3.m0<>1 A~2.m3 P~2.m3<>1 A~2.m2 P~2.m2<>1 P~2.m1 A~1.m1<>1 "
-              "P~2.m0 A~1.m0<>1 A~0.m3 P~0.m3<>1 A~0.m2 P~0.m2<>1 P~0.m1 P~0.m0");
-    EXPECT_EQ(print_list(lists[1], in),
-              "(recv0) (recv0) A0.m0 P1.m0<>0 A0.m1 P1.m1<>0 P1.m2 A1.m2<>0 P1.m3 A1.m3<>0 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 "
-              "P3.m2 A3.m2<>0 P3.m3 A3.m3<>0 "
-              "(recv0) (recv0) A~3.m3 P~3.m3<>0 A~3.m2 P~3.m2<>0 P~3.m1 A~2.m1<>0 P~3.m0 A~2.m0<>0 A~1.m3 P~1.m3<>0 A~1.m2 "
-              "P~1.m2<>0 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0");
+    EXPECT_EQ(
+        print_list(lists[0], in),
+        "P0.m0<>1 P0.m1<>1 P0.m2 A0.m2<>1 P0.m3 A0.m3<>1 A1.m0 P2.m0<>1 A1.m1 P2.m1<>1 P2.m2 A2.m2<>1 P2.m3 A2.m3<>1 "
+        "A3.m0 P4.m0<>1 A3.m1 P4.m1<>1 P4.m2 P4.m3 "
+        "P~4.m3<>1 P~4.m2<>1 P~4.m1 A~3.m1<>1 P~4.m0 A~3.m0<>1 A~2.m3 P~2.m3<>1 A~2.m2 P~2.m2<>1 P~2.m1 A~1.m1<>1 "
+        "P~2.m0 A~1.m0<>1 A~0.m3 P~0.m3<>1 A~0.m2 P~0.m2<>1 P~0.m1 P~0.m0");
+    EXPECT_EQ(
+        print_list(lists[1], in),
+        "(recv0) (recv0) A0.m0 P1.m0<>0 A0.m1 P1.m1<>0 P1.m2 A1.m2<>0 P1.m3 A1.m3<>0 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 "
+        "P3.m2 A3.m2<>0 P3.m3 A3.m3<>0 "
+        "(recv0) (recv0) A~3.m3 P~3.m3<>0 A~3.m2 P~3.m2<>0 P~3.m1 A~2.m1<>0 P~3.m0 A~2.m0<>0 A~1.m3 P~1.m3<>0 A~1.m2 "
+        "P~1.m2<>0 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0");
 }
 
 TEST(Helix, WorkedExampleOfFourRanks) {
     const ScheduleInput in{4, 4, 8, 2};
     const OpLists lists = lists_of("helix", in);
     EXPECT_EQ(print_list(lists[0], in),
-              "P0.m0<>1 P0.m1<>1 P0.m2<>2 P0.m3<>2 P0.m4<>3 P0.m5<>3 P0.m6 A0.m6<>1 P0.m7 A0.m7<>1 A1.m4<>2 A1.m5<>2 A2.m2<>3 "
+              "P0.m0<>1 P0.m1<>1 P0.m2<>2 P0.m3<>2 P0.m4<>3 P0.m5<>3 P0.m6 A0.m6<>1 P0.m7 A0.m7<>1 A1.m4<>2 A1.m5<>2 "
+              "A2.m2<>3 "
               "A2.m3<>3 A3.m0 P4.m0<>1 A3.m1 P4.m1<>1 P4.m2<>2 P4.m3<>2 P4.m4<>3 P4.m5<>3 P4.m6 P4.m7 "
               "P~4.m7<>3 P~4.m6<>3 P~4.m5<>2 P~4.m4<>2 P~4.m3<>1 P~4.m2<>1 P~4.m1 A~3.m1<>3 P~4.m0 A~3.m0<>3 A~2.m3<>2 "
               "A~2.m2<>2 A~1.m5<>1 A~1.m4<>1 A~0.m7 P~0.m7<>3 A~0.m6 P~0.m6<>3 P~0.m5<>2 P~0.m4<>2 P~0.m3<>1 P~0.m2<>1 "
               "P~0.m1 P~0.m0");
-    EXPECT_EQ(print_list(lists[1], in),
-              "(recv0) (recv0) A0.m0 P1.m0<>2 A0.m1 P1.m1<>2 P1.m2<>3 P1.m3<>3 P1.m4<>0 P1.m5<>0 P1.m6 A1.m6<>2 P1.m7 A1.m7<>2 "
-              "A2.m4<>3 A2.m5<>3 A3.m2<>0 A3.m3<>0 "
-              "(recv0) (recv0) A~3.m3<>3 A~3.m2<>3 A~2.m5<>2 A~2.m4<>2 A~1.m7 P~1.m7<>0 A~1.m6 P~1.m6<>0 P~1.m5<>3 P~1.m4<>3 "
-              "P~1.m3<>2 P~1.m2<>2 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0");
-    EXPECT_EQ(print_list(lists[2], in),
-              "(recv0) (recv0) A0.m2<>1 A0.m3<>1 A1.m0 P2.m0<>3 A1.m1 P2.m1<>3 P2.m2<>0 P2.m3<>0 P2.m4<>1 P2.m5<>1 P2.m6 "
-              "A2.m6<>3 P2.m7 A2.m7<>3 A3.m4<>0 A3.m5<>0 "
-              "(recv0) (recv0) A~3.m5<>3 A~3.m4<>3 A~2.m7 P~2.m7<>1 A~2.m6 P~2.m6<>1 P~2.m5<>0 P~2.m4<>0 P~2.m3<>3 P~2.m2<>3 "
-              "P~2.m1 A~1.m1<>1 P~2.m0 A~1.m0<>1 A~0.m3<>0 A~0.m2<>0");
-    EXPECT_EQ(print_list(lists[3], in),
-              "(recv0) (recv0) A0.m4<>1 A0.m5<>1 A1.m2<>2 A1.m3<>2 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 P3.m2<>1 P3.m3<>1 P3.m4<>2 "
-              "P3.m5<>2 P3.m6 A3.m6<>0 P3.m7 A3.m7<>0 "
-              "(recv0) (recv0) A~3.m7 P~3.m7<>2 A~3.m6 P~3.m6<>2 P~3.m5<>1 P~3.m4<>1 P~3.m3<>0 P~3.m2<>0 P~3.m1 A~2.m1<>2 "
-              "P~3.m0 A~2.m0<>2 A~1.m3<>1 A~1.m2<>1 A~0.m5<>0 A~0.m4<>0");
+    EXPECT_EQ(
+        print_list(lists[1], in),
+        "(recv0) (recv0) A0.m0 P1.m0<>2 A0.m1 P1.m1<>2 P1.m2<>3 P1.m3<>3 P1.m4<>0 P1.m5<>0 P1.m6 A1.m6<>2 P1.m7 "
+        "A1.m7<>2 "
+        "A2.m4<>3 A2.m5<>3 A3.m2<>0 A3.m3<>0 "
+        "(recv0) (recv0) A~3.m3<>3 A~3.m2<>3 A~2.m5<>2 A~2.m4<>2 A~1.m7 P~1.m7<>0 A~1.m6 P~1.m6<>0 P~1.m5<>3 P~1.m4<>3 "
+        "P~1.m3<>2 P~1.m2<>2 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0");
+    EXPECT_EQ(
+        print_list(lists[2], in),
+        "(recv0) (recv0) A0.m2<>1 A0.m3<>1 A1.m0 P2.m0<>3 A1.m1 P2.m1<>3 P2.m2<>0 P2.m3<>0 P2.m4<>1 P2.m5<>1 P2.m6 "
+        "A2.m6<>3 P2.m7 A2.m7<>3 A3.m4<>0 A3.m5<>0 "
+        "(recv0) (recv0) A~3.m5<>3 A~3.m4<>3 A~2.m7 P~2.m7<>1 A~2.m6 P~2.m6<>1 P~2.m5<>0 P~2.m4<>0 P~2.m3<>3 P~2.m2<>3 "
+        "P~2.m1 A~1.m1<>1 P~2.m0 A~1.m0<>1 A~0.m3<>0 A~0.m2<>0");
+    EXPECT_EQ(
+        print_list(lists[3], in),
+        "(recv0) (recv0) A0.m4<>1 A0.m5<>1 A1.m2<>2 A1.m3<>2 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 P3.m2<>1 P3.m3<>1 P3.m4<>2 "
+        "P3.m5<>2 P3.m6 A3.m6<>0 P3.m7 A3.m7<>0 "
+        "(recv0) (recv0) A~3.m7 P~3.m7<>2 A~3.m6 P~3.m6<>2 P~3.m5<>1 P~3.m4<>1 P~3.m3<>0 P~3.m2<>0 P~3.m1 A~2.m1<>2 "
+        "P~3.m0 A~2.m0<>2 A~1.m3<>1 A~1.m2<>1 A~0.m5<>0 A~0.m4<>0");
 }
 
 // Start and end of every op of the one-fold example: p = 4, L = 4, m = 4, blocks 1 (first and last 0.5), attention 2.
@@ -103,29 +114,44 @@ TEST(Helix, SlotTimesOfOneFold) {
         for (size_t i = 0; i < lists[r].size() && lists[r][i].pass == Pass::F; ++i) {
             if (lists[r][i].kind != Kind::compute) continue;
             const std::string now = print_list({lists[r][i]}, in);
-            if (now != last) text += (last.empty() ? "" : "-" + time(end) + " ") + now + " " + time(timeline.spans[r][i].start);
+            if (now != last)
+                text += (last.empty() ? "" : "-" + time(end) + " ") + now + " " + time(timeline.spans[r][i].start);
             last = now;
             end = timeline.spans[r][i].end;
         }
         return text + "-" + time(end);
     };
-    EXPECT_EQ(slots(0), "P0.m0 0-0.5 P0.m1 0.5-1 P0.m2 1-1.5 P0.m3 1.5-2 A0.m3 2-4 A1.m2 5.5-7.5 A2.m1 7.5-9.5 A3.m0 9.5-11.5 "
-                        "P4.m0 11.5-12 P4.m1 12.5-13 P4.m2 13.5-14 P4.m3 14.5-15");
-    EXPECT_EQ(slots(1), "A0.m0 0.5-2.5 P1.m0 2.5-3.5 P1.m1 3.5-4.5 P1.m2 4.5-5.5 P1.m3 5.5-6.5 A1.m3 6.5-8.5 A2.m2 8.5-10.5 "
-                        "A3.m1 10.5-12.5");
-    EXPECT_EQ(slots(2), "A0.m1 1-3 A1.m0 3.5-5.5 P2.m0 5.5-6.5 P2.m1 6.5-7.5 P2.m2 7.5-8.5 P2.m3 8.5-9.5 A2.m3 9.5-11.5 "
-                        "A3.m2 11.5-13.5");
-    EXPECT_EQ(slots(3), "A0.m2 1.5-3.5 A1.m1 4.5-6.5 A2.m0 6.5-8.5 P3.m0 8.5-9.5 P3.m1 9.5-10.5 P3.m2 10.5-11.5 P3.m3 11.5-12.5 "
-                        "A3.m3 12.5-14.5");
+    EXPECT_EQ(slots(0),
+              "P0.m0 0-0.5 P0.m1 0.5-1 P0.m2 1-1.5 P0.m3 1.5-2 A0.m3 2-4 A1.m2 5.5-7.5 A2.m1 7.5-9.5 A3.m0 9.5-11.5 "
+              "P4.m0 11.5-12 P4.m1 12.5-13 P4.m2 13.5-14 P4.m3 14.5-15");
+    EXPECT_EQ(slots(1),
+              "A0.m0 0.5-2.5 P1.m0 2.5-3.5 P1.m1 3.5-4.5 P1.m2 4.5-5.5 P1.m3 5.5-6.5 A1.m3 6.5-8.5 A2.m2 8.5-10.5 "
+              "A3.m1 10.5-12.5");
+    EXPECT_EQ(slots(2),
+              "A0.m1 1-3 A1.m0 3.5-5.5 P2.m0 5.5-6.5 P2.m1 6.5-7.5 P2.m2 7.5-8.5 P2.m3 8.5-9.5 A2.m3 9.5-11.5 "
+              "A3.m2 11.5-13.5");
+    EXPECT_EQ(slots(3),
+              "A0.m2 1.5-3.5 A1.m1 4.5-6.5 A2.m0 6.5-8.5 P3.m0 8.5-9.5 P3.m1 9.5-10.5 P3.m2 10.5-11.5 P3.m3 11.5-12.5 "
+              "A3.m3 12.5-14.5");
 }
 
 // The table of exchanges, row by row: what is posted after a slot, by the block or attention it ends with; and the
 // receives posted by themselves. Full groups; where p does not divide L, each group is exchanged as if it were alone.
 TEST(Helix, TableOfExchanges) {
     int slots = 0, starts = 0;
-    for (const auto& [p, L, m, F] : std::vector<std::array<int, 4>>{
-             {2, 4, 4, 2}, {4, 4, 8, 2}, {2, 2, 4, 2}, {3, 6, 12, 2}, {4, 8, 4, 1}, {4, 8, 16, 2}, {8, 32, 16, 2},
-             {3, 3, 27, 3}, {3, 4, 6, 1}, {4, 5, 16, 2}, {5, 2, 10, 1}, {4, 7, 12, 1}, {2, 5, 12, 3}}) {
+    for (const auto& [p, L, m, F] : std::vector<std::array<int, 4>>{{2, 4, 4, 2},
+                                                                    {4, 4, 8, 2},
+                                                                    {2, 2, 4, 2},
+                                                                    {3, 6, 12, 2},
+                                                                    {4, 8, 4, 1},
+                                                                    {4, 8, 16, 2},
+                                                                    {8, 32, 16, 2},
+                                                                    {3, 3, 27, 3},
+                                                                    {3, 4, 6, 1},
+                                                                    {4, 5, 16, 2},
+                                                                    {5, 2, 10, 1},
+                                                                    {4, 7, 12, 1},
+                                                                    {2, 5, 12, 3}}) {
         const ScheduleInput in{p, L, m, F};
         const OpLists lists = lists_of("helix", in);
         const bool closed = L % p == 0;
@@ -142,8 +168,9 @@ TEST(Helix, TableOfExchanges) {
                 std::string sent, received;
                 const Op first = list[i];
                 for (const int batch = first.batch; i < list.size() && list[i].batch == batch; ++i)
-                    (list[i].kind == Kind::send ? sent : received) += message_name(list[i]) + std::to_string(list[i].layer) + ".m" +
-                                                                      std::to_string(list[i].chunk) + " " + std::to_string(list[i].peer);
+                    (list[i].kind == Kind::send ? sent : received) +=
+                        message_name(list[i]) + std::to_string(list[i].layer) + ".m" + std::to_string(list[i].chunk) +
+                        " " + std::to_string(list[i].peer);
                 if (!end || end->pass != first.pass || (!closed && sent.empty() && group(*end) != group(first))) {
                     const bool forward = first.pass == Pass::F;
                     EXPECT_STREQ(message_name(first), forward ? "X" : "dY");
@@ -156,11 +183,14 @@ TEST(Helix, TableOfExchanges) {
                 }
                 const bool forward = end->pass == Pass::F, block = end->part != Part::attention;
                 const int g = group(*end), j = offset(*end), f = end->chunk % F, l = end->layer;
-                const int k = end->part == Part::embed ? 0 : end->part == Part::head ? L : end->part == Part::post ? l + 1 : l;
+                const int k = end->part == Part::embed  ? 0
+                              : end->part == Part::head ? L
+                              : end->part == Part::post ? l + 1
+                                                        : l;
                 const auto message = [&](const std::string& what, int layer, int in_group, int at_offset, int peer) {
                     if (in_group < 0 || in_group >= m / (p * F)) return std::string();
-                    return what + std::to_string(layer) + ".m" + std::to_string((in_group * p + at_offset) * F + f) + " " +
-                           std::to_string(peer);
+                    return what + std::to_string(layer) + ".m" + std::to_string((in_group * p + at_offset) * F + f) +
+                           " " + std::to_string(peer);
                 };
                 std::string send, receive;
                 if (block && forward && k < L) {
@@ -217,7 +247,8 @@ OpLists unbatched(OpLists lists) {
         for (size_t i = 0; i < list.size();) {
             size_t end = i;
             while (end < list.size() && list[end].kind != Kind::compute && list[end].batch == list[i].batch) ++end;
-            std::stable_sort(list.begin() + long(i), list.begin() + long(end), [](const Op& a, const Op& b) { return a.kind < b.kind; });
+            std::stable_sort(list.begin() + long(i), list.begin() + long(end),
+                             [](const Op& a, const Op& b) { return a.kind < b.kind; });
             last = nullptr;
             for (; i < end; last = &list[i++]) list[i].batch = number += !last || last->kind != list[i].kind;
             if (i < list.size() && list[i].kind == Kind::compute) ++i;
@@ -228,7 +259,7 @@ OpLists unbatched(OpLists lists) {
 
 TEST(Check, RefusesWrongPlans) {
     const std::vector<std::pair<std::string, ScheduleInput>> plans = {
-        {"helix", {4, 4, 8, 2}}, {"helix", {3, 4, 5, 1}},         {"1f1b", {3, 5, 4}},
+        {"helix", {4, 4, 8, 2}}, {"helix", {3, 4, 5, 1}},          {"1f1b", {3, 5, 4}},
         {"gpipe", {2, 2, 3}},    {"interleaved", {2, 4, 4, 2, 2}}, {"zb-h2", {3, 3, 6}},
     };
     int tried = 0;
@@ -251,7 +282,8 @@ TEST(Check, RefusesWrongPlans) {
                 refused("", [&](auto&, auto&, auto at) { at->layer += 1; });
                 if (op.kind == Kind::compute) {
                     const bool first = op.part == Part::embed && op.pass == Pass::F;
-                    if (!first && i > 0) refused("", [](auto&, auto& list, auto at) { std::rotate(list.begin(), at, at + 1); });
+                    if (!first && i > 0)
+                        refused("", [](auto&, auto& list, auto at) { std::rotate(list.begin(), at, at + 1); });
                     if (op.split) refused("adds them again", [](auto&, auto&, auto at) { at->split = false; });
                     refused("", [&](auto& lists, auto& list, auto at) {  // on another rank
                         list.erase(at);
@@ -261,7 +293,8 @@ TEST(Check, RefusesWrongPlans) {
                 }
                 refused("in no batch", [](auto&, auto&, auto at) { at->batch = -1; });
                 refused("no other rank", [&](auto&, auto&, auto at) { at->peer = int(r); });
-                refused("", [](auto&, auto&, auto at) { at->kind = at->kind == Kind::send ? Kind::receive : Kind::send; });
+                refused("",
+                        [](auto&, auto&, auto at) { at->kind = at->kind == Kind::send ? Kind::receive : Kind::send; });
                 for (int peer = 0; peer < in.ranks; ++peer)
                     if (peer != op.peer && peer != int(r))
                         refused(op.kind == Kind::send ? "no receive at its peer" : "no send at its peer",
@@ -276,7 +309,8 @@ TEST(Check, RefusesWrongPlans) {
                     }
                 const auto other_end = [&](auto& list) {
                     return std::find_if(list.begin(), list.end(), [&](const Op& o) {
-                        return o.kind == Kind::receive && std::tie(o.part, o.pass, o.layer, o.chunk) == std::tie(op.part, op.pass, op.layer, op.chunk);
+                        return o.kind == Kind::receive && std::tie(o.part, o.pass, o.layer, o.chunk) ==
+                                                              std::tie(op.part, op.pass, op.layer, op.chunk);
                     });
                 };
                 if (op.kind == Kind::send) {
@@ -329,63 +363,184 @@ double bubble(const std::string& name, const Timeline& timeline) {
     return longest - *std::max_element(timeline.busy.begin(), timeline.busy.end());
 }
 
-TEST(Schedules, RandomInstances) {
-    std::mt19937 generator(seed());
-    const auto random = [&](int low, int high) { return low + int(generator() % unsigned(high - low + 1)); };
-    std::map<std::string, int> lists_checked, exact, compared;
-    int uneven = 0;
-    for (int instance = 0; instance < 5000; ++instance) {
-        ScheduleInput in{random(1, 16), random(1, 64), random(1, 64), random(1, 3), random(1, 4)};
-        const auto multiples = [&] { return in.layers % in.ranks == 0 && in.chunks % (in.ranks * in.folds) == 0; };
-        if (instance % 2 == 0) {
-            const int stages = in.ranks * in.virtual_stages, group = in.ranks * in.folds;
-            in.layers = std::max(1, in.layers / stages) * stages;
-            in.chunks = std::max(1, in.chunks / group) * group;
-        } else if (multiples()) {
-            (random(0, 1) ? in.layers : in.chunks) += 1;
-        }
-        uneven += !multiples();
-        in.training = random(0, 9) > 0;
-        for (const Schedule& schedule : schedules()) {
-            ScheduleInput mine = in;
-            if (schedule.name != "interleaved") mine.virtual_stages = 1;
-            ASSERT_EQ(refusal(schedule, mine), "");
-            const OpLists lists = schedule.lists(mine);
-            const std::vector<std::string> problems = check_lists(lists, mine);
-            ASSERT_TRUE(problems.empty()) << describe(schedule.name, mine) << ": " << problems[0];
-            ++lists_checked[schedule.name];
-            for (size_t r = 0; r < lists.size(); ++r)
-                for (const Op& op : lists[r])
-                    ASSERT_TRUE(op.kind != Kind::compute || schedule.owner(mine, op.part, op.layer, op.chunk) == int(r))
-                        << describe(schedule.name, mine) << " rank " << r << " " << op_name(op);
+struct Counts {
+    int proven = 0, closed = 0, compared = 0;
+};
 
-            Times times{double(random(0, 4)), double(random(1, 20)), double(random(1, 8)), random(0, 1) == 1};
-            if (schedule.name == "helix" && in.folds > 1 && random(0, 1)) times = {0, times.attention + times.post, times.post};
-            const double expected = closed_form(schedule.name, mine, times);
-            if (expected >= 0) {
-                const Timeline timeline = simulate(lists, mine, times, no_time);
-                ASSERT_EQ(bubble(schedule.name, timeline), expected)
-                    << describe(schedule.name, mine) << " times " << times.pre << " " << times.attention << " " << times.post;
-                ++exact[schedule.name];
-            } else {
-                const int message = random(0, 3);
-                const auto message_time = [&](const Op& op) { return double(message * (1 + op.chunk % 3)); };
-                const Timeline timeline = simulate(lists, mine, times, message_time);
-                const BruteForce second = brute_force(lists, mine.layers, times, message_time);
-                ASSERT_TRUE(second.finished) << describe(schedule.name, mine);
-                ASSERT_EQ(timeline.makespan, second.makespan) << describe(schedule.name, mine);
-                ASSERT_EQ(timeline.busy, second.busy) << describe(schedule.name, mine);
-                for (size_t r = 0; r < lists.size(); ++r)
-                    for (size_t i = 0; i < lists[r].size(); ++i)
-                        ASSERT_TRUE(lists[r][i].kind != Kind::compute || timeline.spans[r][i].start == second.ran[r][i].first);
-                ++compared[schedule.name];
-            }
+// Draws an instance and tries all schedules on it. Returns what is wrong.
+std::string try_instance(unsigned seed, int number, std::map<std::string, Counts>& counts, int& uneven) {
+    std::seed_seq sequence{seed, unsigned(number)};
+    std::mt19937 generator(sequence);
+    const auto random = [&](int low, int high) { return low + int(generator() % unsigned(high - low + 1)); };
+    const bool even = number % 2 == 0;
+    ScheduleInput in{random(even ? 1 : 2, 16), random(1, 64), random(1, 64), random(1, 3), random(1, 4)};
+    const auto multiples = [&] { return in.layers % in.ranks == 0 && in.chunks % (in.ranks * in.folds) == 0; };
+    if (even) {
+        const int stages = in.ranks * in.virtual_stages, group = in.ranks * in.folds;
+        in.layers = std::max(1, in.layers / stages) * stages;
+        in.chunks = std::max(1, in.chunks / group) * group;
+    } else if (multiples()) {
+        (random(0, 1) ? in.layers : in.chunks) -= 1;
+    }
+    uneven += !multiples();
+    in.training = random(0, 9) > 0;
+    const int message = random(0, 3);
+    const auto message_time = [&](const Op& op) { return double(message * (1 + op.chunk % 3)); };
+
+    for (const Schedule& schedule : schedules()) {
+        const std::string& name = schedule.name;
+        Times times{double(random(0, 4)), double(random(1, 20)), double(random(1, 8)), random(0, 1) == 1};
+        if (name == "helix" && in.folds > 1 && random(0, 1))
+            times = {0, times.attention + times.post, times.post, times.recompute};
+        ScheduleInput mine = in;
+        if (name != "interleaved") mine.virtual_stages = 1;
+        const std::string what = describe(name, mine) + " times " + std::to_string(times.pre) + " " +
+                                 std::to_string(times.attention) + " " + std::to_string(times.post) +
+                                 (times.recompute ? " recompute: " : ": ");
+        if (!refusal(schedule, mine).empty()) return what + refusal(schedule, mine);
+
+        const OpLists lists = schedule.lists(mine);
+        const std::vector<std::string> problems = check_lists(lists, mine);
+        if (!problems.empty()) return what + problems[0];
+        for (size_t r = 0; r < lists.size(); ++r)
+            for (const Op& op : lists[r])
+                if (op.kind == Kind::compute && schedule.owner(mine, op.part, op.layer, op.chunk) != int(r))
+                    return what + op_name(op) + " is not on the rank of its owner map";
+        ++counts[name].proven;
+
+        const double expected = closed_form(name, mine, times);
+        if (expected >= 0) {
+            const double found = bubble(name, simulate(lists, mine, times, no_time));
+            if (found != expected)
+                return what + "bubble " + std::to_string(found) + ", closed form " + std::to_string(expected);
+            ++counts[name].closed;
+            continue;
+        }
+        const Timeline timeline = simulate(lists, mine, times, message_time);
+        const BruteForce second = brute_force(lists, mine.layers, times, message_time);
+        if (!second.finished || timeline.makespan != second.makespan || timeline.busy != second.busy)
+            return what + "makespan " + std::to_string(timeline.makespan) + ", brute force " +
+                   std::to_string(second.makespan);
+        for (size_t r = 0; r < lists.size(); ++r)
+            for (size_t i = 0; i < lists[r].size(); ++i)
+                if (lists[r][i].kind == Kind::compute && timeline.spans[r][i].start != second.start[r][i])
+                    return what + op_name(lists[r][i]) + " starts at " + std::to_string(timeline.spans[r][i].start) +
+                           ", brute force " + std::to_string(second.start[r][i]);
+        ++counts[name].compared;
+    }
+    return "";
+}
+
+TEST(Schedules, RandomInstances) {
+    const unsigned from = seed();
+    std::map<std::string, Counts> total;
+    int all_uneven = 0;
+#pragma omp parallel
+    {
+        std::map<std::string, Counts> counts;
+        int uneven = 0;
+#pragma omp for schedule(dynamic)
+        for (int number = 0; number < 5000; ++number) {
+            const std::string problem = try_instance(from, number, counts, uneven);
+#pragma omp critical
+            if (!problem.empty()) ADD_FAILURE() << "instance " << number << ": " << problem;
+        }
+#pragma omp critical
+        {
+            all_uneven += uneven;
+            for (const auto& [name, c] : counts)
+                total[name].proven += c.proven, total[name].closed += c.closed, total[name].compared += c.compared;
         }
     }
-    std::printf("  %d of 5000 instances with L no multiple of p or m none of p x F\n", uneven);
-    for (const auto& [name, count] : lists_checked)
-        std::printf("  %-12s %d plans proven, %d bubbles equal to the closed form, %d plans to the brute force\n", name.c_str(), count,
-                    exact[name], compared[name]);
+    EXPECT_EQ(all_uneven, 2500);
+    for (const auto& [name, c] : total)
+        std::printf("  %-12s %d plans proven; bubbles: %d equal to the closed form, %d to the brute force\n",
+                    name.c_str(), c.proven, c.closed, c.compared);
+}
+
+// Two folds, and blocks whose pre takes a quarter: bubble in units of the blocks' forward and backward.
+TEST(Helix, BubblesOfTwoFolds) {
+    const std::map<int, std::array<double, 2>> units = {{2, {1, 1}},   {3, {2.5, 2}}, {4, {4, 4.5}},
+                                                        {5, {6, 6.5}}, {6, {8, 8.5}}, {8, {12, 12.5}}};
+    for (const auto& [p, expected] : units)
+        for (int groups : {1, 3}) {
+            const ScheduleInput in{p, 2 * p, 2 * p * groups, 2};
+            const OpLists lists = lists_of("helix", in);
+            EXPECT_EQ(simulate(lists, in, Times{1, 16, 3}, no_time).bubble() / (3 * 4), expected[0]) << p;
+            EXPECT_EQ(simulate(lists, in, Times{1, 16, 3, true}, no_time).bubble() / (4 * 4), expected[0]) << p;
+            EXPECT_EQ(simulate(lists, in, Times{1, 1, 1}, no_time).bubble() / (3 * 2), expected[1]) << p;
+        }
+}
+
+// Groups do not chain everywhere if p does not divide L; a last group that is not full takes its offsets first.
+TEST(Helix, BubblesOfUnevenSizes) {
+    const Times times{1, 2, 1};
+    for (const auto& [groups, units] : std::map<int, double>{{1, 2}, {2, 3.5}, {4, 6.5}, {8, 12.5}}) {
+        const ScheduleInput in{4, 5, 4 * groups, 1};
+        EXPECT_EQ(simulate(lists_of("helix", in), in, times, no_time).bubble() / (3 * 2), units);
+    }
+    const ScheduleInput in{4, 8, 4, 2};
+    EXPECT_EQ(simulate(lists_of("helix", in), in, Times{1, 4, 1}, no_time).makespan, 162);
+}
+
+// Largest number of chunks that a rank has begun and not ended: from its first forward to its last backward or W.
+std::vector<int> chunks_alive(const OpLists& lists) {
+    std::vector<int> most;
+    for (const std::vector<Op>& list : lists) {
+        std::map<int, int> left;  // ops of each chunk
+        for (const Op& op : list)
+            if (op.kind == Kind::compute) ++left[op.chunk];
+        std::map<int, int> alive;
+        most.push_back(0);
+        for (const Op& op : list) {
+            if (op.kind != Kind::compute) continue;
+            alive[op.chunk] = --left[op.chunk];
+            if (left[op.chunk] == 0) alive.erase(op.chunk);
+            most.back() = std::max(most.back(), int(alive.size()));
+        }
+    }
+    return most;
+}
+
+TEST(Schedules, ChunksAlive) {
+    const ScheduleInput in{4, 8, 16};
+    EXPECT_EQ(chunks_alive(lists_of("gpipe", in)), (std::vector<int>{16, 16, 16, 16}));
+    EXPECT_EQ(chunks_alive(lists_of("1f1b", in)), (std::vector<int>{4, 3, 2, 1}));
+    EXPECT_EQ(chunks_alive(lists_of("zb-h1", in)), (std::vector<int>{4, 4, 4, 4}));
+    EXPECT_EQ(chunks_alive(lists_of("zb-h2", in)), (std::vector<int>{7, 7, 7, 7}));
+}
+
+TEST(Schedules, Refusals) {
+    const auto refused = [](const std::string& name, const ScheduleInput& in) {
+        return refusal(*find_schedule(name), in);
+    };
+    EXPECT_EQ(find_schedule("fifo"), nullptr);
+    EXPECT_EQ(refused("helix", {4, 3, 2, 2}), "");
+    EXPECT_NE(refused("helix", {4, 3, 2, 0}), "");
+    EXPECT_NE(refused("1f1b", {4, 3, 2, 2, 2}).find("--schedule interleaved"), std::string::npos);
+    ScheduleInput sliced{4, 4, 4};
+    sliced.sliced = true;
+    EXPECT_EQ(refused("gpipe", sliced), "");
+    EXPECT_NE(refused("zb-h1", sliced).find("--schedule gpipe"), std::string::npos);
+    sliced.ranks = 1;
+    EXPECT_EQ(refused("zb-h1", sliced), "");
+}
+
+// A plan of 64 ranks, 128 layers and 128 chunks: best of three.
+TEST(Simulate, IsFast) {
+    const ScheduleInput in{64, 128, 128, 2};
+    for (const char* name : {"1f1b", "helix"}) {
+        double best = 1e9;
+        for (int run = 0; run < 3; ++run) {
+            const auto start = std::chrono::steady_clock::now();
+            const Timeline timeline = simulate(lists_of(name, in), in, Times{1, 4, 3}, no_time);
+            best = std::min(
+                best, std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+            EXPECT_GT(timeline.makespan, 0);
+        }
+        std::printf("  %s: lists and simulation in %.0f ms (bound 100)\n", name, best);
+        EXPECT_LT(best, 100);
+    }
 }
 
 }  // namespace

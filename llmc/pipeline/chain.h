@@ -20,7 +20,8 @@ struct Chain {
         static constexpr Part parts[] = {Part::pre, Part::attention, Part::post};
         if (position == head()) return {Part::head, training ? Pass::B : Pass::F, -1, chunk};
         const Pass pass = position < head() ? Pass::F : Pass::B;
-        const int forward = pass == Pass::F ? position : 2 * head() - position;  // the chain is symmetric about the head
+        const int forward =
+            pass == Pass::F ? position : 2 * head() - position;  // the chain is symmetric about the head
         if (forward == 0) return {Part::embed, pass, -1, chunk};
         return {parts[(forward - 1) % 3], pass, (forward - 1) / 3, chunk};
     }

@@ -34,22 +34,27 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
     // Form. What follows relies on it.
     std::vector<int> last_batch(lists.size(), -1);  // of each rank
     each([&](int r, int i, const Op& op) {
-        if (chain.position(op) < 0 || op.chunk < 0 || op.chunk >= in.chunks) return problem(r, op, "is not in the model");
+        if (chain.position(op) < 0 || op.chunk < 0 || op.chunk >= in.chunks)
+            return problem(r, op, "is not in the model");
         if (op.kind == Kind::compute) return;
         const bool first = i == 0 || lists[size_t(r)][size_t(i) - 1].batch != op.batch;
         if (op.peer < 0 || op.peer >= ranks || op.peer == r) problem(r, op, "has no other rank as its peer");
         if (op.pass == Pass::W || op.split) problem(r, op, "is no message: gradients of weights stay where they are");
-        if (op.batch < 0 || op.batch < last_batch[size_t(r)] + first) problem(r, op, "is in no batch, or in one that is not posted in one piece");
+        if (op.batch < 0 || op.batch < last_batch[size_t(r)] + first)
+            problem(r, op, "is in no batch, or in one that is not posted in one piece");
         else last_batch[size_t(r)] = op.batch;
     });
     if (!problems.empty()) return problems;
 
     // Every op once, and where it belongs.
-    std::vector<Place> ran(size_t(in.chunks) * size_t(length)), weights(ran.size()), sent(ran.size()), received(ran.size());
+    std::vector<Place> ran(size_t(in.chunks) * size_t(length)), weights(ran.size()), sent(ran.size()),
+        received(ran.size());
     std::vector<int> home(size_t(length), -1);  // [position] rank of the parameters
     each([&](int r, int i, const Op& op) {
         const bool first_half = op.kind == Kind::compute;
-        Place& place = (!first_half ? op.kind == Kind::send ? sent : received : op.pass == Pass::W ? weights : ran)[index(op)];
+        Place& place = (!first_half          ? op.kind == Kind::send ? sent : received
+                        : op.pass == Pass::W ? weights
+                                             : ran)[index(op)];
         if (place.rank >= 0) return problem(r, op, "is listed twice, first on " + rank_name(place.rank));
         place = {r, i};
         if (!first_half || op.part == Part::attention) return;
@@ -70,8 +75,9 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
             if (op.part == Part::attention && op.pass == Pass::B && ran[k - size_t(2 * (n - chain.head()))].rank != r)
                 problem(r, op, "runs apart from its forward");
             if (op.split != (weights[k].rank >= 0))
-                problem(r, op, op.split ? "leaves out the gradients of its weights, and no W adds them"
-                                        : "has added the gradients of its weights, and a W adds them again");
+                problem(r, op,
+                        op.split ? "leaves out the gradients of its weights, and no W adds them"
+                                 : "has added the gradients of its weights, and a W adds them again");
             else if (op.split && (weights[k].rank != r || weights[k].op < ran[k].op))
                 problem(weights[k].rank, at(weights[k]), "does not come after its backward on that rank");
         }
@@ -88,8 +94,10 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
             if (sent[k].rank != op.peer || at(sent[k]).peer != r) problem(r, op, "has no send at its peer");
         } else if (op.pass != Pass::W && chain.position(op) > 0) {
             if (received[k - 1].before(r, i)) read[k - 1] = true;
-            else if (!ran[k - 1].before(r, i)) problem(r, op, "lacks its input: " + op_name(at(ran[k - 1])) + " runs on " +
-                                                             rank_name(ran[k - 1].rank) + ", and nothing brings its result in time");
+            else if (!ran[k - 1].before(r, i))
+                problem(r, op,
+                        "lacks its input: " + op_name(at(ran[k - 1])) + " runs on " + rank_name(ran[k - 1].rank) +
+                            ", and nothing brings its result in time");
         }
     });
     each([&](int r, int, const Op& op) {
@@ -101,7 +109,8 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
     each([&](int r, int i, const Op& op) {
         if (op.kind != Kind::receive) return;
         const Op& other = at({op.peer, links[size_t(r)][size_t(i)]});
-        if (index(other) != index(op)) problem(r, op, "meets the " + op_name(other) + ": the two ranks differ in their order");
+        if (index(other) != index(op))
+            problem(r, op, "meets the " + op_name(other) + ": the two ranks differ in their order");
     });
     if (!problems.empty()) return problems;
 

@@ -13,14 +13,15 @@ enum class Pass { F, B, W };
 
 enum class Kind { compute, send, receive };
 
-// A compute op runs one part of the model on one chunk. A send or a receive names, by its first four fields, the compute
-// op whose result it carries.
+// A compute op runs one part of the model on one chunk. A send or a receive names, by its first four fields, the
+// compute op whose result it carries.
 struct Op {
     Part part;
     Pass pass;
     int layer;  // -1 for embed and head
     int chunk;
-    bool split = false;  // a B that yields the gradient of its input only; a W op of the same part adds those of the weights
+    bool split =
+        false;  // a B that yields the gradient of its input only; a W op of the same part adds those of the weights
     Kind kind = Kind::compute;
     int peer = -1;   // rank at the other end
     int batch = -1;  // sends and receives of one number are posted together; each rank counts from 0
@@ -41,7 +42,9 @@ inline const char* message_name(const Op& op) {
 }
 
 inline std::string op_name(const Op& op) {
-    std::string name = op.kind == Kind::compute ? part_name(op.part) : op.kind == Kind::send ? "send of " : "receive of ";
+    std::string name = op.kind == Kind::compute ? part_name(op.part)
+                       : op.kind == Kind::send  ? "send of "
+                                                : "receive of ";
     if (op.kind != Kind::compute) name += message_name(op);
     else if (op.pass != Pass::F) name += op.pass == Pass::B ? " backward" : " weight gradients";
     if (op.layer >= 0) name += " layer " + std::to_string(op.layer);
@@ -61,15 +64,15 @@ struct ChunkShape {
 
 // The tensors (or small sets of tensors, llmc/model/activations.h) that live longer than one op.
 enum class Tensor {
-    residual,      // input of layer l, output of layer l-1; l = L is the head's input
-    pre,           // LayerNorm output and statistics, queries, keys, values
-    attention,     // attention output, log-sum-exp
-    post,          // everything between attention output and layer output, kept when nothing is recomputed
-    store,         // keys and values of a sequence cut into slices
-    d_residual,    // gradient of the residual stream, updated in place from head to embed
-    d_attention,   // gradient of the attention output
-    d_qkv,         // gradient of queries, keys, values
-    d_store,       // gradients of keys and values of a cut sequence, summed over its later slices
+    residual,     // input of layer l, output of layer l-1; l = L is the head's input
+    pre,          // LayerNorm output and statistics, queries, keys, values
+    attention,    // attention output, log-sum-exp
+    post,         // everything between attention output and layer output, kept when nothing is recomputed
+    store,        // keys and values of a sequence cut into slices
+    d_residual,   // gradient of the residual stream, updated in place from head to embed
+    d_attention,  // gradient of the attention output
+    d_qkv,        // gradient of queries, keys, values
+    d_store,      // gradients of keys and values of a cut sequence, summed over its later slices
 };
 
 enum class Access { create, update, read };
@@ -90,7 +93,9 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, Recompute re
     auto read = [&](Tensor t, int layer, int owner) { list.push_back({t, layer, owner, Access::read}); };
 
     if (op.pass == Pass::F) switch (op.part) {
-            case Part::embed: create(Tensor::residual, 0, c); break;
+            case Part::embed:
+                create(Tensor::residual, 0, c);
+                break;
             case Part::pre:
                 read(Tensor::residual, l, c);
                 create(Tensor::pre, l, c);
@@ -106,7 +111,9 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, Recompute re
                 create(Tensor::residual, l + 1, c);
                 if (training && recompute == Recompute::none) create(Tensor::post, l, c);
                 break;
-            case Part::head: read(Tensor::residual, layers, c); break;
+            case Part::head:
+                read(Tensor::residual, layers, c);
+                break;
         }
     else switch (op.part) {
             case Part::head:  // loss and gradient in one pass
@@ -147,7 +154,9 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, Recompute re
                 read(Tensor::d_qkv, -1, c);
                 update(Tensor::d_residual, -1, c);
                 break;
-            case Part::embed: read(Tensor::d_residual, -1, c); break;
+            case Part::embed:
+                read(Tensor::d_residual, -1, c);
+                break;
         }
     return list;
 }

@@ -15,7 +15,8 @@ inline std::string print_list(const std::vector<Op>& list, const ScheduleInput& 
         if (op.part == Part::post) k = op.layer + 1;
         if (op.part == Part::head) k = in.layers;
         const char* const pass = op.pass == Pass::F ? "" : op.pass == Pass::B ? "~" : "w";
-        return (op.part == Part::attention ? "A" : "P") + std::string(pass) + std::to_string(k) + ".m" + std::to_string(op.chunk);
+        return (op.part == Part::attention ? "A" : "P") + std::string(pass) + std::to_string(k) + ".m" +
+               std::to_string(op.chunk);
     };
     std::string line, last;
     for (size_t i = 0; i < list.size();) {

@@ -1,8 +1,10 @@
-// How long a plan takes: start and end of every op, given how long each takes alone. Durations come from measurements or
-// from a cost model, this file knows the rules of execution:
+// How long a plan takes: start and end of every op, given how long each takes alone. Durations come from measurements
+// or from a cost model, this file knows the rules of execution:
 //
-//   - a rank runs its list in order. A compute op waits for the receive of its input, posting a batch waits for nothing;
-//   - each rank has one queue of batches, first in, first out. A batch is served from the time when it is posted and the
+//   - a rank runs its list in order. A compute op waits for the receive of its input, posting a batch waits for
+//   nothing;
+//   - each rank has one queue of batches, first in, first out. A batch is served from the time when it is posted and
+//   the
 //     one before it is done, until all its messages have arrived;
 //   - a message is under way from the time when both its ends are served.
 //
@@ -28,7 +30,9 @@ struct Timeline {
 
     // Idle time of the busiest rank, and of the average one.
     double bubble() const { return makespan - *std::max_element(busy.begin(), busy.end()); }
-    double mean_bubble() const { return makespan - std::accumulate(busy.begin(), busy.end(), 0.0) / double(busy.size()); }
+    double mean_bubble() const {
+        return makespan - std::accumulate(busy.begin(), busy.end(), 0.0) / double(busy.size());
+    }
 };
 
 // For each op the index of another one in a list, -1 where there is none: for a compute op of the receive of its input,
@@ -68,7 +72,8 @@ inline std::vector<std::vector<int>> link_ops(const OpLists& lists, const Schedu
     return links;
 }
 
-// What a compute op waits for: the message with its input, or all messages of its batch (with NCCL a batch is one kernel).
+// What a compute op waits for: the message with its input, or all messages of its batch (with NCCL a batch is one
+// kernel).
 enum class Waiting { message, batch };
 
 // compute_time(op) and message_time(send) in any unit.

@@ -1,4 +1,5 @@
-// HelixPipe (Zhang et al., arXiv 2507.00394): attention parallel pipeline. The model is cut into blocks with parameters,
+// HelixPipe (Zhang et al., arXiv 2507.00394): attention parallel pipeline. The model is cut into blocks with
+// parameters,
 //
 //   block 0 = embed, pre(0)      block k = post(k-1), pre(k)      block L = post(L-1), head
 //
@@ -39,17 +40,23 @@ inline int helix_chunk(const ScheduleInput& in, HelixPlace at) {
 // Which rank holds and runs a part.
 inline int helix_owner(const ScheduleInput& in, Part part, int layer, int chunk) {
     switch (part) {
-        case Part::embed: return 0;
-        case Part::pre: return layer % in.ranks;
-        case Part::attention: return (layer + helix_place(in, chunk).offset + 1) % in.ranks;
-        case Part::post: return (layer + 1) % in.ranks;
-        case Part::head: return in.layers % in.ranks;
+        case Part::embed:
+            return 0;
+        case Part::pre:
+            return layer % in.ranks;
+        case Part::attention:
+            return (layer + helix_place(in, chunk).offset + 1) % in.ranks;
+        case Part::post:
+            return (layer + 1) % in.ranks;
+        case Part::head:
+            return in.layers % in.ranks;
     }
     return -1;
 }
 
-// The forward slots of a rank. Where the ring closes, p divides L, rank 0 runs both the last and the first block; then a
-// slot of block L goes on with block 0 of the next group, and all groups are one phase. Otherwise each is one of its own.
+// The forward slots of a rank. Where the ring closes, p divides L, rank 0 runs both the last and the first block; then
+// a slot of block L goes on with block 0 of the next group, and all groups are one phase. Otherwise each is one of its
+// own.
 inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
     const int p = in.ranks, L = in.layers, F = in.folds;
     const int groups = int(ceil_div(in.chunks, p * F));
@@ -83,7 +90,8 @@ inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
         if (rank == 0 && (g == 0 || !closed)) block(0, 0);
         int last = rank - p;  // block of this rank
         for (int k = rank; k <= L; last = k, k += p) {
-            for (int l = std::max(0, k - p + 1); l < k; ++l) attention(l, k - 1 - l);  // the last one goes on with block k
+            for (int l = std::max(0, k - p + 1); l < k; ++l)
+                attention(l, k - 1 - l);  // the last one goes on with block k
             for (int j = 1; j < p; ++j)
                 if (k > 0 || g == 0 || !closed) block(k, j);  // the last one goes on with its attention
         }
@@ -117,9 +125,8 @@ inline OpLists helix_schedule(const ScheduleInput& in) {
         std::vector<Phase> phases = helix_forward(in, rank);
         if (in.training)
             for (Phase& phase : helix_backward(in, phases)) phases.push_back(std::move(phase));
-        lists.push_back(post_exchanges(rank, phases, in, [&](const Op& op) {
-            return helix_owner(in, op.part, op.layer, op.chunk);
-        }));
+        lists.push_back(post_exchanges(rank, phases, in,
+                                       [&](const Op& op) { return helix_owner(in, op.part, op.layer, op.chunk); }));
     }
     return lists;
 }

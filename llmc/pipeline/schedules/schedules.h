@@ -16,9 +16,9 @@ struct Schedule {
 
 inline const std::vector<Schedule>& schedules() {
     static const std::vector<Schedule> all = {
-        {"gpipe", gpipe_schedule, stage_owner},  {"1f1b", one_f_one_b_schedule, stage_owner},
-        {"zb-h1", zb_h1_schedule, stage_owner},  {"interleaved", interleaved_schedule, stage_owner},
-        {"zb-h2", zb_h2_schedule, stage_owner},  {"helix", helix_schedule, helix_owner},
+        {"gpipe", gpipe_schedule, stage_owner}, {"1f1b", one_f_one_b_schedule, stage_owner},
+        {"zb-h1", zb_h1_schedule, stage_owner}, {"interleaved", interleaved_schedule, stage_owner},
+        {"zb-h2", zb_h2_schedule, stage_owner}, {"helix", helix_schedule, helix_owner},
     };
     return all;
 }
@@ -36,7 +36,8 @@ inline std::string refusal(const Schedule& schedule, const ScheduleInput& in) {
     if (std::min({in.ranks, in.layers, in.chunks, in.folds, in.virtual_stages}) < 1)
         return name + " needs at least one rank, layer, chunk, fold and virtual stage";
     if (in.virtual_stages > 1 && name != "interleaved")
-        return name + " has one stage a rank: take --schedule interleaved for " + std::to_string(in.virtual_stages) + " virtual stages";
+        return name + " has one stage a rank: take --schedule interleaved for " + std::to_string(in.virtual_stages) +
+               " virtual stages";
     if (in.sliced && in.ranks > 1 && name != "gpipe")
         return name + " cannot run the slices of a sequence on " + std::to_string(in.ranks) +
                " ranks: take --schedule gpipe, one rank, or chunks as long as the longest sequence";

@@ -1,6 +1,6 @@
 // What schedules with stages of whole layers share. The model is cut into consecutive stages, as even as they come, the
-// first ones taking a layer more; stage s is on rank s mod p. The embedding is in the first stage, the head in the last.
-// There are no more stages than layers, so that with fewer layers than ranks some ranks stay idle.
+// first ones taking a layer more; stage s is on rank s mod p. The embedding is in the first stage, the head in the
+// last. There are no more stages than layers, so that with fewer layers than ranks some ranks stay idle.
 #pragma once
 
 #include "llmc/pipeline/schedules/slots.h"
@@ -23,7 +23,9 @@ inline Stages stages_of(const ScheduleInput& in) {
 }
 
 // Which rank holds and runs a part; all chunks take the same way.
-inline int stage_owner(const ScheduleInput& in, Part part, int layer, int) { return stages_of(in).rank_of(part, layer); }
+inline int stage_owner(const ScheduleInput& in, Part part, int layer, int) {
+    return stages_of(in).rank_of(part, layer);
+}
 
 // The ops of a stage on one chunk; none if there is no such stage or chunk. A split B leaves the gradients of the
 // weights of pre and post to a W.
@@ -53,9 +55,10 @@ inline std::vector<Op> stage_ops(const ScheduleInput& in, int stage, Pass pass, 
 //
 // `ahead` is by how much the warm-up of a rank is longer than that of the next one. By one: while one of two neighbours
 // is in a forward slot, the other one is in a backward slot, and after it they swap an activation for a gradient. By
-// two: all ranks are in forward slots at the same time and hand their activations on, then the same with gradients; then
-// what comes in belongs to the slot after the next one.
-template <class SlotOf> Phase warm_up_and_pairs(const ScheduleInput& in, int total, int warm_up, int ahead, SlotOf slot) {
+// two: all ranks are in forward slots at the same time and hand their activations on, then the same with gradients;
+// then what comes in belongs to the slot after the next one.
+template <class SlotOf>
+Phase warm_up_and_pairs(const ScheduleInput& in, int total, int warm_up, int ahead, SlotOf slot) {
     Phase phase;
     warm_up = std::clamp(warm_up, 0, total);
     const auto add = [&](int n, Pass pass, bool pair) {
@@ -71,10 +74,12 @@ template <class SlotOf> Phase warm_up_and_pairs(const ScheduleInput& in, int tot
 }
 
 // The lists of all ranks, phase_of(rank) giving the slots of each.
-template <class PhaseOf> OpLists stage_lists(const ScheduleInput& in, PhaseOf phase_of) {
+template <class PhaseOf>
+OpLists stage_lists(const ScheduleInput& in, PhaseOf phase_of) {
     const Stages stages = stages_of(in);
     OpLists lists;
     for (int rank = 0; rank < in.ranks; ++rank)
-        lists.push_back(post_exchanges(rank, {phase_of(rank)}, in, [&](const Op& op) { return stages.rank_of(op.part, op.layer); }));
+        lists.push_back(post_exchanges(rank, {phase_of(rank)}, in,
+                                       [&](const Op& op) { return stages.rank_of(op.part, op.layer); }));
     return lists;
 }
