@@ -5,13 +5,14 @@
 //   - every op has its input, from an op before it on its rank or from a message received before it;
 //   - every message has one send, after its contents are computed, one receive and one reader, and the n-th send of a
 //     rank to another carries what is expected there as the n-th receive;
-//   - no deadlock: under the rules of simulate.h, with compute ops that wait for whole batches, all ops come to run.
+//   - no deadlock: under the rules of simulate.h all ops come to run.
 #pragma once
 
 #include "llmc/pipeline/simulate.h"
 
 // Sentences about what is wrong; none: the plan is right.
-inline std::vector<std::string> check_lists(const OpLists& lists, const ScheduleInput& in) {
+inline std::vector<std::string> check_lists(const OpLists& lists, const ScheduleInput& in,
+                                            Waiting waiting = Waiting::message) {
     struct Place {
         int rank = -1, op = -1;
         bool before(int r, int i) const { return rank == r && op < i; }
@@ -49,15 +50,16 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
     // Every op once, and where it belongs.
     std::vector<Place> ran(size_t(in.chunks) * size_t(length)), weights(ran.size()), sent(ran.size()),
         received(ran.size());
-    std::vector<int> home(size_t(length), -1);  // [position] rank of the parameters
+    std::vector<int> home(size_t(length), -1);  // [forward position] rank of the parameters
     each([&](int r, int i, const Op& op) {
-        const bool first_half = op.kind == Kind::compute;
-        Place& place = (!first_half          ? op.kind == Kind::send ? sent : received
-                        : op.pass == Pass::W ? weights
-                                             : ran)[index(op)];
+        const bool message = op.kind != Kind::compute;
+        std::vector<Place>& places = message              ? (op.kind == Kind::send ? sent : received)
+                                     : op.pass == Pass::W ? weights
+                                                          : ran;
+        Place& place = places[index(op)];
         if (place.rank >= 0) return problem(r, op, "is listed twice, first on " + rank_name(place.rank));
         place = {r, i};
-        if (!first_half || op.part == Part::attention) return;
+        if (message || op.part == Part::attention) return;
         const int position = chain.position(op);
         int& owner = home[size_t(std::min(position, 2 * chain.head() - position))];
         if (owner >= 0 && owner != r) problem(r, op, "runs apart from its parameters on " + rank_name(owner));
@@ -115,7 +117,7 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
     if (!problems.empty()) return problems;
 
     const auto zero = [](const Op&) { return 0.0; };
-    const std::vector<size_t> stopped = simulate(lists, in, zero, zero, Waiting::batch).stopped;
+    const std::vector<size_t> stopped = simulate(lists, in, zero, zero, waiting).stopped;
     for (int r = 0; r < ranks; ++r)
         if (const std::vector<Op>& list = lists[size_t(r)]; stopped[size_t(r)] < list.size())
             problem(r, list[stopped[size_t(r)]], "waits for ever: a deadlock");

@@ -8,23 +8,22 @@
 
 #include "llmc/model/gpt.h"
 
-// Forward; backward; the gradients of the weights, where a backward leaves them for later.
+// Forward; backward; the gradients of the weights of a block, where its backward leaves them for later.
 enum class Pass { F, B, W };
 
 enum class Kind { compute, send, receive };
 
-// A compute op runs one part of the model on one chunk. A send or a receive names, by its first four fields, the
-// compute op whose result it carries.
+// A compute op runs one part of the model on one chunk. A send or receive carries the result of the compute op that its
+// first four fields name.
 struct Op {
     Part part;
     Pass pass;
     int layer;  // -1 for embed and head
     int chunk;
-    bool split =
-        false;  // a B that yields the gradient of its input only; a W op of the same part adds those of the weights
+    bool split = false;  // a B of pre or post that yields the gradient of its input alone; a W of the same part follows
     Kind kind = Kind::compute;
     int peer = -1;   // rank at the other end
-    int batch = -1;  // sends and receives of one number are posted together; each rank counts from 0
+    int batch = -1;  // sends and receives of one number are posted together; numbers increase along the list
 };
 
 inline const char* part_name(Part part) {

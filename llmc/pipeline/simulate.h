@@ -1,11 +1,9 @@
 // How long a plan takes: start and end of every op, given how long each takes alone. Durations come from measurements
 // or from a cost model, this file knows the rules of execution:
 //
-//   - a rank runs its list in order. A compute op waits for the receive of its input, posting a batch waits for
-//   nothing;
+//   - a rank runs its list in order. A compute op waits for the receive of its input, posting a batch for nothing;
 //   - each rank has one queue of batches, first in, first out. A batch is served from the time when it is posted and
-//   the
-//     one before it is done, until all its messages have arrived;
+//     the one before it is done, until all its messages have arrived;
 //   - a message is under way from the time when both its ends are served.
 //
 // No rule makes a choice, so the times follow by propagation, in time proportional to the number of ops; and whether
@@ -28,7 +26,7 @@ struct Timeline {
     std::vector<size_t> stopped;           // [rank] the op that never came to run, the length of the list if all did
     double makespan = 0;
 
-    // Idle time of the busiest rank, and of the average one.
+    // Idle time of the busiest rank, and the mean over the ranks.
     double bubble() const { return makespan - *std::max_element(busy.begin(), busy.end()); }
     double mean_bubble() const {
         return makespan - std::accumulate(busy.begin(), busy.end(), 0.0) / double(busy.size());
@@ -72,8 +70,8 @@ inline std::vector<std::vector<int>> link_ops(const OpLists& lists, const Schedu
     return links;
 }
 
-// What a compute op waits for: the message with its input, or all messages of its batch (with NCCL a batch is one
-// kernel).
+// What a compute op waits for: the message with its input, or, as with NCCL, where a batch is one kernel, all of its
+// batch.
 enum class Waiting { message, batch };
 
 // compute_time(op) and message_time(send) in any unit.
@@ -94,7 +92,8 @@ Timeline simulate(const OpLists& lists, const ScheduleInput& in, ComputeTime com
     for (const std::vector<Op>& list : lists) out.spans.emplace_back(list.size());
     std::vector<size_t> ready;  // ranks that may be able to go on
 
-    const auto arrive = [&](size_t r, size_t i) {  // the message of op i on rank r, if its other end is served as well
+    // Sends the message of op i of rank r, which is served, on its way if the other end is served as well.
+    const auto deliver = [&](size_t r, size_t i) {
         const Op& op = lists[r][i];
         const size_t peer = size_t(op.peer), other = size_t(links[r][i]);
         if (links[r][i] < 0 || other >= ranks[peer].after || out.spans[r][i].end >= 0) return;
@@ -108,6 +107,7 @@ Timeline simulate(const OpLists& lists, const ScheduleInput& in, ComputeTime com
         }
         ready.push_back(peer);
     };
+    // Serves batches posted on rank r until one has to wait.
     const auto serve = [&](size_t r) {
         Rank& rank = ranks[r];
         const std::vector<Op>& list = lists[r];
@@ -121,10 +121,11 @@ Timeline simulate(const OpLists& lists, const ScheduleInput& in, ComputeTime com
                    list[rank.after].batch == list[rank.batch].batch;
                  ++rank.after, ++rank.open)
                 out.spans[r][rank.after].start = since;
-            for (size_t i = rank.batch; i < rank.after; ++i) arrive(r, i);
+            for (size_t i = rank.batch; i < rank.after; ++i) deliver(r, i);
         }
     };
-    const auto arrival = [&](size_t r, size_t i) {  // of a receive, negative: not yet
+    // When what receive i of rank r brings can be used, negative: not yet.
+    const auto arrival = [&](size_t r, size_t i) {
         double end = out.spans[r][i].end;
         if (waiting == Waiting::message || end < 0) return end;
         const auto same_batch = [&](size_t k) { return k < lists[r].size() && lists[r][k].batch == lists[r][i].batch; };

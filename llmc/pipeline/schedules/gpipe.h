@@ -1,8 +1,8 @@
 // GPipe (Huang et al. 2019): all chunks forward, then all backward, the last one first. p = 3, m = 4, a backward taking
 // twice the time of a forward:
 //
-//   rank 0  F0 F1 F2 F3                         B3--- B2--- B1--- B0---
-//   rank 1     F0 F1 F2 F3                B3--- B2--- B1--- B0---
+//   rank 0  F0 F1 F2 F3                   B3--- B2--- B1--- B0---
+//   rank 1     F0 F1 F2 F3          B3--- B2--- B1--- B0---
 //   rank 2        F0 F1 F2 F3 B3--- B2--- B1--- B0---
 //
 // Every rank keeps the activations of all m chunks. Forward in order and backward in reverse is what the slices of a

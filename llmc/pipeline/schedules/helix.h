@@ -6,11 +6,11 @@
 // and attentions, which have none and so may run anywhere. Block k is on rank k mod p for every chunk. Chunks come in
 // groups of p offsets j, each of F folds; the attention of layer l is on rank (l + j + 1) mod p. So the p offsets of a
 // group run their attentions of one layer on p ranks at once, and attention does not count in the bubble. p = 3, L = 3,
-// m = 3, F = 1 (`k.j` block and offset, `[l.j]` attention):
+// m = 3, F = 1, forward, as block.offset and [attention.offset]:
 //
-//   rank 0  0.0 0.1 0.2 [0.2]------- [1.1]------- [2.0]------- 3.0 3.1 3.2
-//   rank 1      [0.0]------- 1.0 1.1 1.2 [1.2]------- [2.1]-------
-//   rank 2          [0.1]------- [1.0]------- 2.0 2.1 2.2 [2.2]-------
+//   rank 0  0.0 0.1 0.2 [0.2------] [1.1------] [2.0------] 3.0 3.1 3.2
+//   rank 1      [0.0------] 1.0 1.1 1.2 [1.2------] [2.1------]
+//   rank 2          [0.1------] [1.0------] 2.0 2.1 2.2 [2.2------]
 //
 // All forward, then all backward in the reverse order. With several folds every slot is run for one fold after another,
 // and the exchange of a fold is in flight while the next one computes.
@@ -54,9 +54,8 @@ inline int helix_owner(const ScheduleInput& in, Part part, int layer, int chunk)
     return -1;
 }
 
-// The forward slots of a rank. Where the ring closes, p divides L, rank 0 runs both the last and the first block; then
-// a slot of block L goes on with block 0 of the next group, and all groups are one phase. Otherwise each is one of its
-// own.
+// The forward slots of a rank. If p divides L, the ring of blocks closes: rank 0 runs the last as well as the first, a
+// slot of block L goes on with block 0 of the next group, and all groups are one phase. If not, each group is a phase.
 inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
     const int p = in.ranks, L = in.layers, F = in.folds;
     const int groups = int(ceil_div(in.chunks, p * F));
@@ -80,7 +79,7 @@ inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
                         if (helix_owner(in, op.part, op.layer, chunk) != rank) break;
                         slot.ops.push_back(op);
                     }
-                    if (n < end || !closed) break;
+                    if (n < end || !closed) break;  // else on with block 0 of the next group
                 }
             }
         };
@@ -88,12 +87,12 @@ inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
         const auto attention = [&](int l, int j) { slots(3 * l + 2, j); };
 
         if (rank == 0 && (g == 0 || !closed)) block(0, 0);
-        int last = rank - p;  // block of this rank
+        int last = rank - p;  // the block of this rank that came last
         for (int k = rank; k <= L; last = k, k += p) {
             for (int l = std::max(0, k - p + 1); l < k; ++l)
-                attention(l, k - 1 - l);  // the last one goes on with block k
+                attention(l, k - 1 - l);  // the last one, j = 0, goes on with block k
             for (int j = 1; j < p; ++j)
-                if (k > 0 || g == 0 || !closed) block(k, j);  // the last one goes on with its attention
+                if (k > 0 || g == 0 || !closed) block(k, j);  // the last one goes on with attention k
         }
         for (int l = std::max(0, last + 1); l < L; ++l) attention(l, last + p - 1 - l);
     }

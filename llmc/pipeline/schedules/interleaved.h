@@ -1,6 +1,6 @@
 // Interleaved 1F1B (Narayanan et al. 2021, Megatron-LM): a rank holds v short stages instead of a long one, and a chunk
 // goes round the ranks v times: a bubble v times smaller for v times the traffic. Ranks take the chunks in groups of p,
-// a stage after the other. p = 2, v = 2, m = 4 forward, as chunk.stage:
+// a stage after the other. p = 2, v = 2, m = 4, forward only, as chunk.stage:
 //
 //   rank 0  0.0 1.0 0.2 1.2 2.0 3.0 2.2 3.2
 //   rank 1      0.1 1.1 0.3 1.3 2.1 3.1 2.3 3.3

@@ -9,6 +9,8 @@
 //   ZB-H2   rank 0  F0 F1 F2 F3 F4 B0 W0 B1 W1 B2 W2 B3 W3 B4 W4
 //           rank 1     F0 F1 F2 B0 F3 B1 F4 B2 W0 B3 W1 B4 W2 W3 W4
 //           rank 2        F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 W0 W1 W2 W3 W4
+//
+// Head and embedding are not split: the head has its logits for one pass only, and nobody waits for the embedding.
 #pragma once
 
 #include "llmc/pipeline/schedules/stages.h"
