@@ -18,8 +18,8 @@ $(error PRECISION=$(PRECISION) is not supported, use fp32, bf16 or fp64)
 endif
 
 # Built for AVX2 and FMA; wider kernels carry a target attribute and are chosen when the program starts.
-# -Wno-maybe-uninitialized: g++ 12 finds such variables in its own header of AVX-512 intrinsics.
-BASE      := -std=c++20 -march=x86-64-v3 -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-maybe-uninitialized -I. $(DEPS:%=-isystem %) -MMD -MP
+# -Wno-uninitialized -Wno-maybe-uninitialized: g++ 12 finds such variables in its own header of AVX-512 intrinsics.
+BASE      := -std=c++20 -march=x86-64-v3 -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -I. $(DEPS:%=-isystem %) -MMD -MP
 CXXFLAGS  ?= -O3
 BUILD     := build/$(DEVICE)-$(PRECISION)
 COMPILE    = @mkdir -p $(@D) && echo "  build  $@" && $(CXX) $(BASE) -MF $@.d

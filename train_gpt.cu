@@ -187,9 +187,9 @@ void round_weights(Rank& rank) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Non-finite steps (README, "Exit codes")
 
-// The first tensor of the gradients, or else of the weights, with a value that is not finite.
+// The first weight, or else gradient, that is not finite: a bad weight spoils every gradient.
 std::string name_nonfinite(const Rank& rank) {
-    for (const floatS* flat : {rank.gradients, rank.master})
+    for (const floatS* flat : {rank.master, rank.gradients})
         for (const Parameter& p : rank.parameters) {
             const int64_t element = first_nonfinite(rank.device, flat + p.offset, p.size());
             if (element >= 0)
@@ -257,8 +257,8 @@ void check_memory(const Config& c, const MemoryPlan& plan) {
                 break;
             }
     if (advice.empty())
-        advice = "weights, gradients and moments alone take " +
-                 bytes_text(plan.weights + plan.master + plan.gradients + plan.moments) + ": choose a smaller model";
+        advice = "with one token at a time it would still be " + bytes_text(total_with("full", 1, 1)) +
+                 ": choose a smaller model, or fewer --threads";
     throw Failure(EXIT_MEMORY, "the plan takes " + bytes_text(plan.total()) + ", " + bytes_text(available) + " are available; " + advice);
 }
 

@@ -10,17 +10,14 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "Corpus: one document per file, every 20th held out"
 rm -rf "$run"
-corpus="README.md Makefile train_gpt.cu test_gpt.cu llmc dev scripts"
-headers=$(find /usr/include -type f \( -name '*.h' -o -name '*.hpp' \) 2>/dev/null | wc -l)
-if [ "$headers" -ge 500 ]; then
-    corpus="$corpus /usr/include"
-else
-    echo "/usr/include has only $headers headers, so the corpus is the project's own sources."
+sources=$(find train_gpt.cu test_gpt.cu Makefile README.md llmc dev scripts data -type f -not -name '*.pyc')
+headers=/usr/include
+if [ "$(find $headers -type f 2>/dev/null | head -n 500 | wc -l)" -lt 500 ]; then
+    echo "/usr/include has too few headers, so the corpus is the project's own sources."
+    headers=
 fi
-files=""
-for path in $corpus; do [ -e "$path" ] && files="$files $path"; done
 # shellcheck disable=SC2086  # the list is split on purpose
-./train_gpt tokenize $files --extensions h,hpp,hh,cuh,cu,cpp,py,sh,md --max-bytes 32000000 --holdout-every 20 --output "$run/data"
+./train_gpt tokenize $sources $headers --extensions h,hpp,hh,none --max-bytes 32000000 --holdout-every 20 --output "$run/data"
 
 say "Training: tiny (4 layers, 192 channels, 4 heads, context 256, bytes)"
 ./train_gpt train --model tiny --run-dir "$run" --data "$run/data/train_*.bin" --val-data "$run/data/val_*.bin" \

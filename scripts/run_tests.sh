@@ -20,6 +20,7 @@ suite() {  # name, command...
     good=$(count 'PASSED  \] [0-9]+|[0-9]+ passed' <<<"$summary")
     bad=$(count 'FAILED  \] [0-9]+|[0-9]+ (failed|error)' <<<"$summary")
     good=${good:-0} bad=${bad:-0}
+    case $name in fuzz_*) [ "$good" -ge 2000 ] && good=1 ;; esac  # thousands of mutated files are one test
     if [ "$bad" = 0 ] && { [ $status != 0 ] || [ "$good" = 0 ]; }; then
         bad=1
         echo "$name: exit status $status after $good passed tests" >>"$log"
@@ -32,10 +33,6 @@ suite() {  # name, command...
 for program in build/tests/*_test build/tests/fuzz_*; do
     source=dev/tests/$(basename "$program").cpp
     [ -x "$program" ] && [ -f "$source" ] && suite "$(basename "$program")" "$program"
-done
-for precision in fp32 bf16 fp64; do
-    program=build/cpu-$precision/test_gpt
-    [ -x "$program" ] && suite "test_gpt-$precision" "$program"
 done
 for script in dev/tests/test_*.py; do
     [ -f "$script" ] && suite "$(basename "$script" .py)" build/venv/bin/python -m pytest -q -p no:cacheprovider "$script"

@@ -122,6 +122,15 @@ def parameter_groups(model, weight_decay):
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
+def clip_gradients(parameters, clip):
+    """Scales all gradients so that their common norm is at most `clip`, 0 = no limit. (PyTorch's own function adds 1e-6
+    to the norm that it divides by, which comparisons in fp64 would show.)"""
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+    if 0 < clip < norm:
+        for p in parameters:
+            p.grad.mul_(clip / norm)
+
+
 def adamw(w, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
     """One AdamW update in closed form, in place; `step` counts from 1."""
     m.mul_(beta1).add_(g, alpha=1 - beta1)

@@ -18,6 +18,8 @@ import compare as harness  # noqa: E402
 from gpt import Config  # noqa: E402
 from tensor_file import write_tensors  # noqa: E402
 
+torch.set_num_threads(1)  # the models are tiny
+
 
 def case(layers, channels, heads, vocab, tied, lengths, chunk_tokens, ignored=0.0, weight_decay=0.0, clip=0.0):
     """`chunk_tokens` lists the chunk sizes to try: sequences that are longer become slices. `ignored` is the share of
@@ -80,6 +82,20 @@ def test_against_pytorch(name, tmp_path, capsys):
     for kind, bound in harness.BOUNDS.items():
         assert ours[kind][1] <= bound, f"{kind} of {ours[kind][0]} against float64"
         assert between[kind][1] <= bound, f"{kind} of {between[kind][0]} against PyTorch's fp32"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fp64_against_pytorch(name, tmp_path, capsys):
+    """In double precision both sides agree to its rounding, which leaves no room for a term that is merely small."""
+    base, chunk_sizes = CASES[name]
+    weights = harness.perturbed_weights(Config(**base["model"]), seed=1)
+    layout = dict(base, recompute="full", chunk_tokens=chunk_sizes[-1], mlp_chunk=7, head_chunk=5)
+    harness.write_case(tmp_path, layout, weights)
+    ours = harness.run_ours(tmp_path, binary=ROOT / "build" / "cpu-fp64" / "test_gpt")
+    errors = harness.compare(ours, harness.reference(base, weights))
+    worst = max(errors, key=errors.get)
+    show(capsys, f"\nfp64, {name}: largest relative error {errors[worst]:.1e} (bound 1e-12, {worst})")
+    assert errors[worst] <= 1e-12
 
 
 def test_adamw_fed_identical_gradients(tmp_path, capsys):

@@ -16,7 +16,7 @@ MODEL = "--model tiny --layers 2 --channels 32 --heads 2 --context 64 --threads 
 
 
 def run(*arguments, check=0, **options):
-    done = subprocess.run([TRAIN_GPT, *map(str, arguments)], capture_output=True, text=True, timeout=600, **options)
+    done = subprocess.run([TRAIN_GPT, *map(str, arguments)], capture_output=True, text=True, errors="replace", timeout=600, **options)
     assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr}"
     return done
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory):
 
 def train_flags(data, run_dir, *more):
     return [*MODEL, "--data", data / "train_*.bin", "--val-data", data / "val_*.bin", "--run-dir", run_dir,
-            "--batch-tokens", 512, "--val-tokens", 2048, *more]
+            "--batch-tokens", 512, "--val-tokens", 2048, "--lr", 3e-3, *more]
 
 
 def metrics(run_dir):
@@ -216,9 +216,11 @@ def test_too_little_memory_exits_5_with_what_would_fit(data, tmp_path):
     plan = run(*flags, "--dry-run").stdout
     for kind in ("weights", "gradients", "moments", "activations", "workspace", "total"):
         assert kind in plan
-    done = run(*flags, "--memory", "7MiB", check=5)
-    advice = [word for word in done.stderr.split("; ")[-1].split(" fits")[0].split()]
-    run(*flags, "--memory", "7MiB", *advice)
+    flags += ["--batch-tokens", 8192]
+    assert "smaller model" in run(*flags, "--memory", "1MiB", check=5).stderr
+    done = run(*flags, "--memory", "24MiB", check=5)
+    advice = done.stderr.split("available; ")[1].split(" fits")[0].split()
+    run(*flags, "--memory", "24MiB", *advice)
 
 
 def test_a_run_directory_is_not_overwritten(data, whole_run):

@@ -168,6 +168,33 @@ TEST(Step, TargetsOfADocumentDoNotLeak) {
     }
 }
 
+// A replay tells hardware from data: a gradient that went wrong once, and a weight that is wrong every time.
+TEST(Step, ReplayOfANonFiniteStep) {
+    const Batch batch = random_batch({40}, 6);
+    const auto code_and_text = [&](bool once) -> std::pair<int, std::string> {
+        const RankOptions o = options(Recompute::none, 64);
+        Rank rank(o);
+        initialize_parameters(rank.master, o.model, 5);
+        const Step step = prepare_step(batch, o.chunk_tokens, o.model);
+        floatS* const flat = once ? rank.gradients : rank.master;
+        const Parameter& p = rank.parameters[10];
+        if (!once) flat[p.offset + 7] = NAN;
+        const double loss = compute_gradients(rank, step);
+        if (once) flat[p.offset + 7] = NAN;
+        try {
+            stop_at_nonfinite(rank, step, 3, loss);
+        } catch (const Failure& failure) {
+            return {failure.exit_code, failure.what()};
+        }
+    };
+    const auto [hardware, hardware_text] = code_and_text(true);
+    EXPECT_EQ(hardware, EXIT_HARDWARE);
+    EXPECT_NE(hardware_text.find("gradient of h.0.mlp.c_fc.weight[0, 7]"), std::string::npos) << hardware_text;
+    const auto [data, data_text] = code_and_text(false);
+    EXPECT_EQ(data, EXIT_NONFINITE);
+    EXPECT_NE(data_text.find("weight h.0.mlp.c_fc.weight[0, 7]"), std::string::npos) << data_text;
+}
+
 TEST(Step, LearningRates) {
     Config c;
     c.training.steps = 100, c.training.warmup = 10, c.training.lr = 1, c.training.min_lr_fraction = 0.1;

@@ -8,6 +8,7 @@
 // compiled for.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -24,11 +25,12 @@ inline double gelu_gradient(double x) {
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x);
 }
 
-// exp(x) to 1e-7, x held in [-87, 88]; NaN passes through. x = n ln 2 + r with |r| <= ln 2 / 2: adding 1.5 * 2^23 rounds
-// to the integer n and leaves it in the low bits, from where a shift carries it into the exponent of 2^n.
+// exp(x) to 1e-7, |x| held below 87 (on its bits: g++ turns a comparison of floats into branches and splits the loop).
+// x = n ln 2 + r with |r| <= ln 2 / 2: adding 1.5 * 2^23 rounds to the integer n and leaves it in the low bits, from
+// where a shift carries it into the exponent of 2^n.
 [[gnu::always_inline]] inline float gelu_exp(float x) {
-    x = -87.f > x ? -87.f : x;
-    x = 88.f < x ? 88.f : x;
+    const int32_t bits = std::bit_cast<int32_t>(x), sign = bits & int32_t(0x80000000);
+    x = std::bit_cast<float>(std::min(bits ^ sign, std::bit_cast<int32_t>(87.f)) | sign);
     const float shifted = x * 1.44269504f + 12582912.f;
     const float n = shifted - 12582912.f;
     float r = x - n * 0.693359375f;

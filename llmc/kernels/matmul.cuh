@@ -46,28 +46,12 @@ void multiply_reference(const Device& device, Operand<T> left, Operand<T> right,
 // ---------------------------------------------------------------------------------------------------------------------
 // The blocked form.
 
-constexpr int64_t MATMUL_DEPTH = 256;                   // KC
-constexpr int64_t MATMUL_LEFT_BYTES = 512 << 10;        // packed left block, MC x KC
-constexpr int64_t MATMUL_RIGHT_BYTES = 1 << 20;         // packed right block
-constexpr int64_t MATMUL_SUM_BYTES = 512 << 10;         // MC x NC sums
+constexpr int64_t MATMUL_LEFT_BYTES = 1 << 20;      // packed left block, MC x KC
+constexpr int64_t MATMUL_RIGHT_BYTES = 4 << 20;     // packed right block, the whole depth x NC if it fits, else KC x NC
+constexpr int64_t MATMUL_SUM_BYTES = 1536 << 10;    // MC x NC sums
 constexpr int64_t MATMUL_THREAD_BYTES = MATMUL_LEFT_BYTES + MATMUL_RIGHT_BYTES + MATMUL_SUM_BYTES + 16 * 1024;
 
 inline size_t matmul_scratch_bytes(int threads) { return size_t(threads) * MATMUL_THREAD_BYTES; }
-
-// sums[r] += sum over k of source(r, k), for a source whose rows are contiguous.
-template <class T> void add_left_sums(float* sums, Operand<T> source, int64_t rows, int64_t depth) {
-    constexpr int64_t width = 64;
-    for (int64_t r = 0; r < rows; r += width) {
-        float part[width] = {};
-        const int64_t count = std::min(width, rows - r);
-        for (int64_t k = 0; k < depth; k++)
-            if (count == width)
-                for (int64_t i = 0; i < width; i++) part[i] += float(*source.at(r + i, k));
-            else
-                for (int64_t i = 0; i < count; i++) part[i] += float(*source.at(r + i, k));
-        for (int64_t i = 0; i < count; i++) sums[r + i] += part[i];
-    }
-}
 
 // Share `index` of `count` equal shares of [0, size), cut at multiples of `unit`.
 inline std::pair<int64_t, int64_t> matmul_share(int64_t size, int64_t unit, int64_t index, int64_t count) {
@@ -85,13 +69,14 @@ void multiply_rectangle(std::byte* scratch, const MicroKernel<T, Out>& kernel, O
     std::byte* right_block = left_block + MATMUL_LEFT_BYTES;
     float* sums = reinterpret_cast<float*>(right_block + MATMUL_RIGHT_BYTES);
 
-    const int64_t kc = std::min(MATMUL_DEPTH, round_up(depth, group));
-    const int64_t whole_depth = round_up(depth, MATMUL_DEPTH);
-    // As many columns as keep the whole depth packed, but not so few that the left operand is read too often.
-    int64_t nc = std::clamp(MATMUL_RIGHT_BYTES / (whole_depth * element_bytes) / nr * nr, 256 / nr * nr, 1024 / nr * nr);
-    nc = std::min(nc, round_up(col_end - col_begin, nr));
-    const bool keep_right = whole_depth * nc * element_bytes <= MATMUL_RIGHT_BYTES;
-    const int64_t mc = std::max(mr, std::min(MATMUL_SUM_BYTES / 4 / nc, MATMUL_LEFT_BYTES / (MATMUL_DEPTH * element_bytes)) / mr * mr);
+    // Keep the right operand packed for the whole depth if that leaves enough columns; if not, take blocks of many rows
+    // so that it is packed seldom.
+    const int64_t kc = kernel.kc, whole_depth = round_up(depth, kc);
+    int64_t nc = kernel.nc, mc = kernel.mc / mr * mr;
+    const int64_t nc_kept = MATMUL_RIGHT_BYTES / (whole_depth * element_bytes) / nr * nr;
+    const bool keep_right = nc_kept >= nc / 2;
+    if (keep_right) nc = std::min(nc, nc_kept);
+    else mc = std::min(MATMUL_SUM_BYTES / 4 / nc, MATMUL_LEFT_BYTES / (kc * element_bytes)) / mr * mr;
 
     for (int64_t jc = col_begin; jc < col_end; jc += nc)
         for (int64_t ic = row_begin; ic < row_end; ic += mc)
@@ -101,27 +86,21 @@ void multiply_rectangle(std::byte* scratch, const MicroKernel<T, Out>& kernel, O
                 const bool first = k == 0, last = k + kc >= depth;
 
                 std::byte* right_panels = right_block + (keep_right ? k * nc * element_bytes : 0);
-                if (ic == row_begin || !keep_right)
-                    for (int64_t j = 0; j < cols; j += nr)
-                        kernel.pack_right(right_panels + j * padded * element_bytes,
-                                          {right.at(jc + j, k), right.stride, right.k_contiguous},
-                                          std::min(nr, cols - j), length);
-
-                if (e.left_sums && jc == 0)
-                    add_left_sums(e.left_sums + ic, Operand<T>{left.at(ic, k), left.stride, left.k_contiguous}, rows,
-                                  length);
+                if (ic == row_begin || !keep_right) kernel.pack_right(right_panels, right.from(jc, k), cols, length);
+                const Operand<T> left_source = left.from(ic, k);
+                if (e.left_sums && jc == 0) kernel.add_sums(e.left_sums + ic, left_source, rows, length);
                 const bool in_place = kernel.left_in_place && left.k_contiguous && length == padded;
-                for (int64_t i = in_place ? rows / mr * mr : 0; i < rows; i += mr)
-                    kernel.pack_left(left_block + i * padded * element_bytes,
-                                     {left.at(ic + i, k), left.stride, left.k_contiguous}, std::min(mr, rows - i),
-                                     length);
+                const int64_t packed_from = in_place ? rows / mr * mr : 0;
+                if (packed_from < rows)
+                    kernel.pack_left(left_block, left_source.from(packed_from, 0), rows - packed_from, length);
 
                 for (int64_t j = 0; j < cols; j += nr)
                     for (int64_t i = 0; i < rows; i += mr) {
                         const LeftPanel panel =
-                            in_place && i + mr <= rows
-                                ? LeftPanel{left.at(ic + i, k), left.stride * element_bytes, 32 * element_bytes}
-                                : LeftPanel{left_block + i * padded * element_bytes, 64, 64 * mr};
+                            i < packed_from
+                                ? LeftPanel{left_source.at(i, 0), left.stride * element_bytes, group * element_bytes}
+                                : LeftPanel{left_block + (i - packed_from) * padded * element_bytes, kernel.row_bytes,
+                                            kernel.step_bytes};
                         float* tile = first && last ? sums : sums + j * round_up(rows, mr) + i * nr;
                         kernel.multiply(padded, panel, right_panels + j * padded * element_bytes, tile, !first);
                         if (last)
@@ -150,10 +129,10 @@ void multiply(const Device& device, Operand<T> left, Operand<T> right, int64_t d
         for (int t = 0; t < device.threads; t++) {
             const auto [row_begin, row_end] = matmul_share(e.out.rows, kernel.mr, t / across, down);
             const auto [col_begin, col_end] = matmul_share(e.out.cols, kernel.nr, t % across, across);
-            if (kernel.left_in_place) amx_begin();
+            if (isa == Isa::amx) amx_begin();
             multiply_rectangle(scratch + t * MATMUL_THREAD_BYTES, kernel, left, right, depth, e, row_begin, row_end,
                                col_begin, col_end);
-            if (kernel.left_in_place) amx_end();
+            if (isa == Isa::amx) amx_end();
         }
     }
 }

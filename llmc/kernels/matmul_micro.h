@@ -37,6 +37,7 @@ template <class T> struct Operand {
     bool k_contiguous;
 
     const T* at(int64_t r, int64_t k) const { return data + (k_contiguous ? r * stride + k : k * stride + r); }
+    Operand from(int64_t r, int64_t k) const { return {at(r, k), stride, k_contiguous}; }
 };
 
 template <class T> using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -55,15 +56,18 @@ template <class T, class Out> struct Epilogue {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Packing. One panel of `rows` <= R valid rows and `depth` elements, starting at source.data.
+// Packing. `rows` rows of the source over `depth` elements become ceil(rows / R) panels, one after the other. A source
+// that is contiguous in k is walked panel by panel; one that is contiguous in its rows, step by step across all panels,
+// so that memory is read in runs.
 
 // The plain loop; Group is the number of neighbours in k kept side by side.
 template <int R, int Group, class T, class P>
-inline void pack_plain(P* panel, Operand<T> source, int64_t rows, int64_t depth) {
-    for (int64_t k = 0; k < round_up(depth, Group); k++)
-        for (int64_t r = 0; r < R; r++)
-            panel[k / Group * R * Group + r * Group + k % Group] =
-                k < depth ? P(*source.at(std::min(r, rows - 1), k)) : P(0);
+inline void pack_plain(P* panels, Operand<T> source, int64_t rows, int64_t depth) {
+    for (int64_t r0 = 0; r0 < rows; r0 += R, panels += R * round_up(depth, Group))
+        for (int64_t k = 0; k < round_up(depth, Group); k++)
+            for (int64_t r = 0; r < R; r++)
+                panels[k / Group * R * Group + r * Group + k % Group] =
+                    k < depth ? P(*source.at(std::min(r0 + r, rows - 1), k)) : P(0);
 }
 
 // 16 x 16 transposition of 32-bit elements, in two rounds within 128-bit lanes and two across them.
@@ -97,7 +101,7 @@ TARGET_AVX512 inline void transpose16(__m512i (&v)[16]) {
     }
 }
 
-inline uint32_t low_bits(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0u : (1u << n) - 1; }
+inline uint32_t low_bits(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
 
 // Up to 16 floats, or bf16 widened to floats.
 TARGET_AVX512 inline __m512i load_floats(const float* p, int64_t n) {
@@ -107,84 +111,113 @@ TARGET_AVX512 inline __m512i load_floats(const bf16* p, int64_t n) {
     return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(low_bits(n)), p)), 16);
 }
 
+// A run of a k-contiguous source is too short for the hardware to see sixteen streams in it, so the rows of the next
+// sixteen are fetched ahead.
+template <class T> inline void prefetch_rows(const Operand<T>& source, int64_t r, int64_t k, int64_t rows) {
+    for (int64_t i = r; i < std::min(r + 16, rows); i++) _mm_prefetch(source.at(i, k), _MM_HINT_T0);
+}
+
 template <int R, class T>
-TARGET_AVX512 void pack_floats_avx512(void* panel, Operand<T> source, int64_t rows, int64_t depth) {
-    float* out = static_cast<float*>(panel);
+TARGET_AVX512 void pack_floats_avx512(void* panels, Operand<T> source, int64_t rows, int64_t depth) {
+    float* out = static_cast<float*>(panels);
     if (!source.k_contiguous) {
         for (int64_t k = 0; k < depth; k++, out += R)
-            for (int r = 0; r < R; r += 16)
-                _mm512_mask_storeu_epi32(out + r, __mmask16(low_bits(R - r)), load_floats(source.at(r, k), rows - r));
+            for (int64_t r0 = 0; r0 < rows; r0 += R)
+                for (int64_t r = 0; r < R; r += 16)
+                    _mm512_mask_storeu_epi32(out + r0 * depth + r, __mmask16(low_bits(R - r)),
+                                             load_floats(source.at(r0 + r, k), rows - r0 - r));
         return;
     }
-    for (int64_t k = 0; k < depth; k += 16)
-        for (int r = 0; r < R; r += 16) {
-            __m512i v[16];
-            for (int i = 0; i < 16; i++)
-                v[i] = load_floats(source.at(std::min<int64_t>(r + i, rows - 1), k), depth - k);
-            transpose16(v);
-            for (int i = 0; i < std::min<int64_t>(16, depth - k); i++)
-                _mm512_mask_storeu_epi32(out + (k + i) * R + r, __mmask16(low_bits(R - r)), v[i]);
-        }
+    for (int64_t r0 = 0; r0 < rows; r0 += R, out += R * depth)
+        for (int64_t r = 0; r < R; r += 16)
+            for (int64_t k = 0; k < depth; k += 16) {
+                __m512i v[16];
+                for (int i = 0; i < 16; i++)
+                    v[i] = load_floats(source.at(std::min(r0 + r + i, rows - 1), k), depth - k);
+                prefetch_rows(source, r0 + r + 16, k, rows);
+                transpose16(v);
+                for (int i = 0; i < std::min<int64_t>(16, depth - k); i++)
+                    _mm512_mask_storeu_epi32(out + (k + i) * R + r, __mmask16(low_bits(R - r)), v[i]);
+            }
 }
 
-// Rows k and k + 1 of a source whose rows are contiguous, interleaved to 16 pairs.
-TARGET_AVX512 inline __m512i load_pairs(const bf16* row, const bf16* next, int64_t n) {
-    const __mmask16 mask = __mmask16(low_bits(n));
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row));
-    if (!next) return low;
-    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, next)), 16));
+// Columns of rows k and k + 1, contiguous in memory, become 2 x 16 pairs. Beyond the depth a pair's half is zero.
+TARGET_AVX512 inline void load_pairs(__m512i& first, __m512i& second, Operand<bf16> source, int64_t r, int64_t k,
+                                     int64_t rows, int64_t depth) {
+    const __mmask32 mask = low_bits(rows - r);
+    const __m512i low = _mm512_maskz_loadu_epi16(k < depth ? mask : 0, source.at(r, k));
+    const __m512i high = _mm512_maskz_loadu_epi16(k + 1 < depth ? mask : 0, source.at(r, k + 1));
+    const __m512i lanes = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    const __m512i l = _mm512_permutexvar_epi64(lanes, low), h = _mm512_permutexvar_epi64(lanes, high);
+    first = _mm512_unpacklo_epi16(l, h);
+    second = _mm512_unpackhi_epi16(l, h);
 }
 
-template <int R>
-TARGET_AVX512 void pack_pairs_avx512(void* panel, Operand<bf16> source, int64_t rows, int64_t depth) {
-    uint32_t* out = static_cast<uint32_t*>(panel);
+// Group: the depth is padded with zeros to a multiple of it, 2 for vdpbf16ps and 32 for AMX.
+template <int R, int Group>
+TARGET_AVX512 void pack_pairs_avx512(void* panels, Operand<bf16> source, int64_t rows, int64_t depth) {
+    uint32_t* out = static_cast<uint32_t*>(panels);
+    const int64_t pairs = round_up(depth, Group) / 2;
     if (!source.k_contiguous) {
-        for (int64_t k = 0; k < depth; k += 2, out += R)
-            for (int r = 0; r < R; r += 16)
-                _mm512_mask_storeu_epi32(
-                    out + r, __mmask16(low_bits(R - r)),
-                    load_pairs(source.at(r, k), k + 1 < depth ? source.at(r, k + 1) : nullptr, rows - r));
+        for (int64_t k = 0; k < 2 * pairs; k += 2, out += R)
+            for (int64_t r0 = 0; r0 < rows; r0 += R)
+                for (int64_t r = 0; r < R; r += 32) {
+                    __m512i first, second;
+                    load_pairs(first, second, source, r0 + r, k, rows, depth);
+                    uint32_t* p = out + r0 * pairs + r;
+                    _mm512_mask_storeu_epi32(p, __mmask16(low_bits(R - r)), first);
+                    if (R > 16) _mm512_storeu_epi32(p + 16, second);
+                }
         return;
     }
+    for (int64_t r0 = 0; r0 < rows; r0 += R, out += R * pairs)
+        for (int64_t r = 0; r < R; r += 16)
+            for (int64_t k = 0; k < 2 * pairs; k += 32) {
+                __m512i v[16];
+                for (int i = 0; i < 16; i++)
+                    v[i] = _mm512_maskz_loadu_epi16(low_bits(depth - k), source.at(std::min(r0 + r + i, rows - 1), k));
+                prefetch_rows(source, r0 + r + 16, k, rows);
+                transpose16(v);
+                for (int i = 0; i < std::min<int64_t>(16, pairs - k / 2); i++)
+                    _mm512_mask_storeu_epi32(out + (k / 2 + i) * R + r, __mmask16(low_bits(R - r)), v[i]);
+            }
+}
+
+TARGET_AVX512 inline void pack_tiles_amx(void* panels, Operand<bf16> source, int64_t rows, int64_t depth) {
+    const int64_t padded = round_up(depth, 32);
     for (int64_t k = 0; k < depth; k += 32)
-        for (int r = 0; r < R; r += 16) {
-            __m512i v[16];
-            for (int i = 0; i < 16; i++)
-                v[i] = _mm512_maskz_loadu_epi16(low_bits(depth - k), source.at(std::min<int64_t>(r + i, rows - 1), k));
-            transpose16(v);
-            for (int i = 0; i < std::min<int64_t>(16, ceil_div(depth - k, 2)); i++)
-                _mm512_mask_storeu_epi32(out + (k / 2 + i) * R + r, __mmask16(low_bits(R - r)), v[i]);
+        for (int64_t r0 = 0; r0 < rows; r0 += 32) {
+            bf16* out = static_cast<bf16*>(panels) + r0 * padded + k * 32;
+            if (source.k_contiguous) {
+                for (int r = 0; r < 32; r++)
+                    _mm512_storeu_si512(out + r * 32, _mm512_maskz_loadu_epi16(low_bits(depth - k),
+                                                                               source.at(std::min(r0 + r, rows - 1), k)));
+                continue;
+            }
+            __m512i v[2][16];
+            for (int i = 0; i < 16; i++) load_pairs(v[0][i], v[1][i], source, r0, k + 2 * i, rows, depth);
+            for (int half = 0; half < 2; half++) {
+                transpose16(v[half]);
+                for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + (half * 16 + i) * 32, v[half][i]);
+            }
         }
 }
 
-// Pairs for the right side of AMX: the depth is padded with zeros to whole tiles.
-template <int R>
-TARGET_AVX512 void pack_pairs_amx(void* panel, Operand<bf16> source, int64_t rows, int64_t depth) {
-    pack_pairs_avx512<R>(panel, source, rows, depth);
-    uint32_t* out = static_cast<uint32_t*>(panel);
-    std::memset(out + ceil_div(depth, 2) * R, 0, size_t(round_up(depth, 32) / 2 - ceil_div(depth, 2)) * R * 4);
+// sums[r] += sum over k of source(r, k), for a source whose rows are contiguous: the bias gradient.
+template <class T> void add_sums_avx2(float* sums, Operand<T> source, int64_t rows, int64_t depth) {
+    for (int64_t k = 0; k < depth; k++)
+        for (int64_t r = 0; r < rows; r++) sums[r] += float(*source.at(r, k));
 }
-
-template <int R>
-TARGET_AVX512 void pack_tiles_amx(void* panel, Operand<bf16> source, int64_t rows, int64_t depth) {
-    bf16* out = static_cast<bf16*>(panel);
-    for (int64_t k = 0; k < depth; k += 32, out += R * 32) {
-        const uint32_t mask = low_bits(depth - k);
-        if (source.k_contiguous) {
-            for (int r = 0; r < R; r++)
-                _mm512_storeu_si512(out + r * 32,
-                                    _mm512_maskz_loadu_epi16(mask, source.at(std::min<int64_t>(r, rows - 1), k)));
-            continue;
-        }
-        for (int r = 0; r < R; r += 16) {
-            __m512i v[16];
-            for (int i = 0; i < 16; i++)
-                v[i] = k + 2 * i < depth
-                           ? load_pairs(source.at(r, k + 2 * i),
-                                        k + 2 * i + 1 < depth ? source.at(r, k + 2 * i + 1) : nullptr, rows - r)
-                           : _mm512_setzero_si512();
-            transpose16(v);
-            for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + (r + i) * 32, v[i]);
+template <class T> TARGET_AVX512 void add_sums_avx512(float* sums, Operand<T> source, int64_t rows, int64_t depth) {
+    for (int64_t r = 0; r < rows; r += 64) {
+        __m512 part[4] = {};
+        for (int64_t k = 0; k < depth; k++)
+            for (int i = 0; i < 4; i++)
+                part[i] = _mm512_add_ps(part[i], (__m512)load_floats(source.at(r + 16 * i, k), rows - r - 16 * i));
+        for (int i = 0; i < 4; i++) {
+            const __mmask16 mask = __mmask16(low_bits(rows - r - 16 * i));
+            float* p = sums + r + 16 * i;
+            _mm512_mask_storeu_ps(p, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, p), part[i]));
         }
     }
 }
@@ -192,84 +225,95 @@ TARGET_AVX512 void pack_tiles_amx(void* panel, Operand<bf16> source, int64_t row
 // ---------------------------------------------------------------------------------------------------------------------
 // Multiplication: tile [MR, NR] (+)= left panel [MR, depth] x right panel [depth, NR], sums kept in registers.
 
+// Element (i, step) of the left panel lies at data + i * row_bytes + step * step_bytes, packed or in place; a step is as
+// much depth as one instruction takes: 1, 2 (pairs) or 32 (AMX) elements.
 struct LeftPanel {
     const void* data;
-    int64_t row_bytes = 0, step_bytes = 0;  // AMX only: from row to row, from 32 elements of depth to the next 32
+    int64_t row_bytes, step_bytes;
 };
 
-inline void multiply_avx2(int64_t depth, LeftPanel left, const void* right, float* tile, bool accumulate) {
-    constexpr int MR = 6;
-    const float* a = static_cast<const float*>(left.data);
+template <class V> inline V load_left(const LeftPanel& left, const char* a0, const char* a3, int i) {
+    V value;
+    std::memcpy(&value, i < 3 ? a0 + i * left.row_bytes : a3 + (i - 3) * left.row_bytes, sizeof(V));
+    return value;
+}
+
+inline void multiply_avx2(int64_t depth, const LeftPanel& left, const void* right, float* tile, bool accumulate) {
+    const char *a0 = static_cast<const char*>(left.data), *a3 = a0 + 3 * left.row_bytes;
     const float* b = static_cast<const float*>(right);
-    __m256 sum[MR][2];
+    __m256 sum[6][2];
 #pragma GCC unroll 6
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < 2; j++)
-            sum[i][j] = accumulate ? _mm256_loadu_ps(tile + i * 16 + j * 8) : _mm256_setzero_ps();
-    for (int64_t k = 0; k < depth; k++, a += MR, b += 16) {
-        const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+    for (int i = 0; i < 6; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) sum[i][j] = accumulate ? _mm256_loadu_ps(tile + i * 16 + j * 8) : _mm256_setzero_ps();
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < depth; k += 1, a0 += left.step_bytes, a3 += left.step_bytes, b += 16) {
+        const __m256 bk[2] = {_mm256_loadu_ps(b), _mm256_loadu_ps(b + 8)};
 #pragma GCC unroll 6
-        for (int i = 0; i < MR; i++) {
-            const __m256 ai = _mm256_broadcast_ss(a + i);
-            sum[i][0] = _mm256_fmadd_ps(ai, b0, sum[i][0]);
-            sum[i][1] = _mm256_fmadd_ps(ai, b1, sum[i][1]);
+        for (int i = 0; i < 6; i++) {
+            const __m256 ai = _mm256_set1_ps(load_left<float>(left, a0, a3, i));
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++) sum[i][j] = _mm256_fmadd_ps(ai, bk[j], sum[i][j]);
         }
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < MR; i++)
+    for (int i = 0; i < 6; i++)
+#pragma GCC unroll 2
         for (int j = 0; j < 2; j++) _mm256_storeu_ps(tile + i * 16 + j * 8, sum[i][j]);
 }
 
-TARGET_AVX512 inline void multiply_avx512(int64_t depth, LeftPanel left, const void* right, float* tile,
-                                          bool accumulate) {
-    constexpr int MR = 14;
-    const float* a = static_cast<const float*>(left.data);
+TARGET_AVX512 inline void multiply_avx512(int64_t depth, const LeftPanel& left, const void* right, float* tile, bool accumulate) {
+    const char *a0 = static_cast<const char*>(left.data), *a3 = a0 + 3 * left.row_bytes;
     const float* b = static_cast<const float*>(right);
-    __m512 sum[MR][2];
-#pragma GCC unroll 14
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < 2; j++)
-            sum[i][j] = accumulate ? _mm512_loadu_ps(tile + i * 32 + j * 16) : _mm512_setzero_ps();
-    for (int64_t k = 0; k < depth; k++, a += MR, b += 32) {
-        const __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
-#pragma GCC unroll 14
-        for (int i = 0; i < MR; i++) {
-            const __m512 ai = _mm512_set1_ps(a[i]);
-            sum[i][0] = _mm512_fmadd_ps(ai, b0, sum[i][0]);
-            sum[i][1] = _mm512_fmadd_ps(ai, b1, sum[i][1]);
+    __m512 sum[6][4];
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sum[i][j] = accumulate ? _mm512_loadu_ps(tile + i * 64 + j * 16) : _mm512_setzero_ps();
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < depth; k += 1, a0 += left.step_bytes, a3 += left.step_bytes, b += 64) {
+        const __m512 bk[4] = {_mm512_loadu_ps(b), _mm512_loadu_ps(b + 16), _mm512_loadu_ps(b + 32), _mm512_loadu_ps(b + 48)};
+#pragma GCC unroll 6
+        for (int i = 0; i < 6; i++) {
+            const __m512 ai = _mm512_set1_ps(load_left<float>(left, a0, a3, i));
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) sum[i][j] = _mm512_fmadd_ps(ai, bk[j], sum[i][j]);
         }
     }
-#pragma GCC unroll 14
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < 2; j++) _mm512_storeu_ps(tile + i * 32 + j * 16, sum[i][j]);
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) _mm512_storeu_ps(tile + i * 64 + j * 16, sum[i][j]);
 }
 
-TARGET_AVX512_BF16 inline void multiply_avx512_bf16(int64_t depth, LeftPanel left, const void* right, float* tile,
-                                                    bool accumulate) {
-    constexpr int MR = 14;
-    const int32_t* a = static_cast<const int32_t*>(left.data);
+TARGET_AVX512_BF16 inline void multiply_avx512_bf16(int64_t depth, const LeftPanel& left, const void* right, float* tile, bool accumulate) {
+    const char *a0 = static_cast<const char*>(left.data), *a3 = a0 + 3 * left.row_bytes;
     const int32_t* b = static_cast<const int32_t*>(right);
-    __m512 sum[MR][2];
-#pragma GCC unroll 14
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < 2; j++)
-            sum[i][j] = accumulate ? _mm512_loadu_ps(tile + i * 32 + j * 16) : _mm512_setzero_ps();
-    for (int64_t k = 0; k < depth; k += 2, a += MR, b += 32) {
-        const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 16);
-#pragma GCC unroll 14
-        for (int i = 0; i < MR; i++) {
-            const __m512bh ai = (__m512bh)_mm512_set1_epi32(a[i]);
-            sum[i][0] = _mm512_dpbf16_ps(sum[i][0], ai, b0);
-            sum[i][1] = _mm512_dpbf16_ps(sum[i][1], ai, b1);
+    __m512 sum[6][4];
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sum[i][j] = accumulate ? _mm512_loadu_ps(tile + i * 64 + j * 16) : _mm512_setzero_ps();
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < depth; k += 2, a0 += left.step_bytes, a3 += left.step_bytes, b += 64) {
+        __m512bh bk[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) bk[j] = (__m512bh)_mm512_loadu_si512(b + 16 * j);
+#pragma GCC unroll 6
+        for (int i = 0; i < 6; i++) {
+            const __m512bh ai = (__m512bh)_mm512_set1_epi32(load_left<int32_t>(left, a0, a3, i));
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], ai, bk[j]);
         }
     }
-#pragma GCC unroll 14
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < 2; j++) _mm512_storeu_ps(tile + i * 32 + j * 16, sum[i][j]);
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) _mm512_storeu_ps(tile + i * 64 + j * 16, sum[i][j]);
 }
 
 // Eight tile registers: 0..3 the 2 x 2 sums [16, 16], 4..5 the left [16, 32], 6..7 the right [32, 16] as pairs.
-TARGET_AMX inline void multiply_amx(int64_t depth, LeftPanel left, const void* right, float* tile, bool accumulate) {
+TARGET_AMX inline void multiply_amx(int64_t depth, const LeftPanel& left, const void* right, float* tile, bool accumulate) {
     const char* a = static_cast<const char*>(left.data);
     const char* b = static_cast<const char*>(right);
     if (accumulate) {
@@ -313,58 +357,82 @@ TARGET_AMX inline void amx_end() { _tile_release(); }
 // Finishing: the sums of a tile, rows NR apart, become rows x cols elements of the result at (row, col). Written as
 // plain loops which the compiler vectorises for the width of the function they are inlined into.
 
-template <class T, class Out>
-[[gnu::always_inline]] inline void finish_row(const Epilogue<T, Out>& e, const float* sums, int64_t row, int64_t col,
-                                              int64_t cols) {
-    float v[32];
-    for (int64_t j = 0; j < cols; j++) v[j] = sums[j];
-    if (e.bias)
-        for (int64_t j = 0; j < cols; j++) v[j] += float(e.bias[col + j]);
-    if (e.pre_activation.data) {
-        T* pre = e.pre_activation.row(row) + col;
-        for (int64_t j = 0; j < cols; j++) pre[j] = v[j];
+struct PlainStore {
+    template <class To> [[gnu::always_inline]] static void store(To* to, const float* from, int64_t n) {
+        for (int64_t j = 0; j < n; j++) to[j] = from[j];
     }
-    if (e.activation == Activation::gelu)
-        for (int64_t j = 0; j < cols; j++) v[j] = gelu_value(v[j]);
-    if (e.gelu_input.data) {
-        const T* x = e.gelu_input.row(row) + col;
-        for (int64_t j = 0; j < cols; j++) v[j] *= gelu_gradient(float(x[j]));
+};
+struct Bf16Store : PlainStore {
+    using PlainStore::store;
+    TARGET_AVX512_BF16 static void store(bf16* to, const float* from, int64_t n) {
+        for (int64_t j = 0; j < n; j += 32) {
+            const __m512 low = _mm512_maskz_loadu_ps(__mmask16(low_bits(n - j)), from + j);
+            const __m512 high = _mm512_maskz_loadu_ps(__mmask16(low_bits(n - j - 16)), from + j + 16);
+            _mm512_mask_storeu_epi16(to + j, low_bits(n - j), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
     }
-    Out* out = e.out.row(row) + col;
-    if (e.accumulate)
-        for (int64_t j = 0; j < cols; j++) v[j] += float(out[j]);
-    for (int64_t j = 0; j < cols; j++) out[j] = v[j];
-}
+};
 
-template <int NR, class T, class Out>
-[[gnu::always_inline]] inline void finish_tile(const Epilogue<T, Out>& e, const float* tile, int64_t row, int64_t col,
+template <int NR, class Store, class T, class Out>
+[[gnu::always_inline]] inline void finish_tile(const Epilogue<T, Out>& e, float* tile, int64_t row, int64_t col,
                                                int64_t rows, int64_t cols) {
-    for (int64_t i = 0; i < rows; i++)
-        if (cols == NR) finish_row(e, tile + i * NR, row + i, col, NR);
-        else finish_row(e, tile + i * NR, row + i, col, cols);
+    if (e.bias)
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < cols; j++) tile[i * NR + j] += float(e.bias[col + j]);
+    if (e.pre_activation.data)
+        for (int64_t i = 0; i < rows; i++) Store::store(e.pre_activation.row(row + i) + col, tile + i * NR, cols);
+    if (e.activation == Activation::gelu)
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < cols; j++) tile[i * NR + j] = gelu_value(tile[i * NR + j]);
+    if (e.gelu_input.data)
+        for (int64_t i = 0; i < rows; i++) {
+            const T* x = e.gelu_input.row(row + i) + col;
+            for (int64_t j = 0; j < cols; j++) tile[i * NR + j] *= gelu_gradient(float(x[j]));
+        }
+    for (int64_t i = 0; i < rows; i++) {
+        Out* out = e.out.row(row + i) + col;
+        if (e.accumulate)
+            for (int64_t j = 0; j < cols; j++) tile[i * NR + j] += float(out[j]);
+        Store::store(out, tile + i * NR, cols);
+    }
 }
 
-template <class T, class Out>
-void finish_avx2(const Epilogue<T, Out>& e, const float* tile, int64_t row, int64_t col, int64_t rows, int64_t cols) {
-    finish_tile<16>(e, tile, row, col, rows, cols);
+// Whole tiles get loops of constant length.
+template <int NR, class Store, class T, class Out>
+[[gnu::always_inline]] inline void finish(const Epilogue<T, Out>& e, float* tile, int64_t row, int64_t col,
+                                          int64_t rows, int64_t cols) {
+    if (cols == NR) finish_tile<NR, Store>(e, tile, row, col, rows, NR);
+    else finish_tile<NR, Store>(e, tile, row, col, rows, cols);
 }
 template <class T, class Out>
-TARGET_AVX512 void finish_avx512(const Epilogue<T, Out>& e, const float* tile, int64_t row, int64_t col, int64_t rows,
+void finish_avx2(const Epilogue<T, Out>& e, float* tile, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+    finish<16, PlainStore>(e, tile, row, col, rows, cols);
+}
+template <class T, class Out>
+TARGET_AVX512 void finish_avx512(const Epilogue<T, Out>& e, float* tile, int64_t row, int64_t col, int64_t rows,
                                  int64_t cols) {
-    finish_tile<32>(e, tile, row, col, rows, cols);
+    finish<64, PlainStore>(e, tile, row, col, rows, cols);
+}
+template <int NR, class T, class Out>
+TARGET_AVX512_BF16 void finish_bf16(const Epilogue<T, Out>& e, float* tile, int64_t row, int64_t col, int64_t rows,
+                                    int64_t cols) {
+    finish<NR, Bf16Store>(e, tile, row, col, rows, cols);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The functions of one instruction set, and the shapes they work in.
 template <class T, class Out> struct MicroKernel {
-    int64_t mr, nr;             // tile of sums
-    int64_t group;              // panels pad the depth to a multiple of this
-    int64_t element_bytes;      // of a packed element
-    bool left_in_place;         // reads whole panels of a k-contiguous left operand where they lie
+    int64_t mr, nr;         // tile of sums
+    int64_t mc, nc, kc;     // blocks: rows, columns, depth
+    int64_t group;          // panels pad the depth to a multiple of this; one step of a left panel
+    int64_t element_bytes;  // of a packed element
+    bool left_in_place;     // reads a k-contiguous left operand where it lies, whole panels and steps at a time
+    int64_t row_bytes, step_bytes;  // of packed left panels
     void (*pack_left)(void* panel, Operand<T> source, int64_t rows, int64_t depth);
     void (*pack_right)(void* panel, Operand<T> source, int64_t rows, int64_t depth);
-    void (*multiply)(int64_t depth, LeftPanel left, const void* right, float* tile, bool accumulate);
-    void (*finish)(const Epilogue<T, Out>&, const float* tile, int64_t row, int64_t col, int64_t rows, int64_t cols);
+    void (*add_sums)(float* sums, Operand<T> source, int64_t rows, int64_t depth);
+    void (*multiply)(int64_t depth, const LeftPanel& left, const void* right, float* tile, bool accumulate);
+    void (*finish)(const Epilogue<T, Out>&, float* tile, int64_t row, int64_t col, int64_t rows, int64_t cols);
 };
 
 template <int R, class T> void pack_floats_avx2(void* panel, Operand<T> source, int64_t rows, int64_t depth) {
@@ -372,15 +440,39 @@ template <int R, class T> void pack_floats_avx2(void* panel, Operand<T> source, 
 }
 
 template <class T, class Out> MicroKernel<T, Out> micro_kernel(Isa isa) {
-    if constexpr (std::is_same_v<T, bf16>) {
-        if (isa == Isa::amx)
-            return {32, 32, 32, 2, true, pack_tiles_amx<32>, pack_pairs_amx<32>, multiply_amx, finish_avx512<T, Out>};
-        if (isa == Isa::avx512_bf16)
-            return {14, 32, 2, 2, false, pack_pairs_avx512<14>, pack_pairs_avx512<32>, multiply_avx512_bf16,
-                    finish_avx512<T, Out>};
+    MicroKernel<T, Out> kernel{.mr = 6, .nr = 64, .mc = 192, .nc = 384, .kc = 256, .group = 1, .element_bytes = 4,
+                               .left_in_place = std::is_same_v<T, float>, .row_bytes = 4, .step_bytes = 24};
+    if (isa == Isa::avx2) {
+        kernel.nr = 16;
+        kernel.pack_left = pack_floats_avx2<6, T>;
+        kernel.pack_right = pack_floats_avx2<16, T>;
+        kernel.add_sums = add_sums_avx2<T>;
+        kernel.multiply = multiply_avx2;
+        kernel.finish = finish_avx2<T, Out>;
+        return kernel;
     }
-    if (isa >= Isa::avx512)
-        return {14, 32, 1, 4, false, pack_floats_avx512<14, T>, pack_floats_avx512<32, T>, multiply_avx512,
-                finish_avx512<T, Out>};
-    return {6, 16, 1, 4, false, pack_floats_avx2<6, T>, pack_floats_avx2<16, T>, multiply_avx2, finish_avx2<T, Out>};
+    kernel.pack_left = pack_floats_avx512<6, T>;
+    kernel.pack_right = pack_floats_avx512<64, T>;
+    kernel.add_sums = add_sums_avx512<T>;
+    kernel.multiply = multiply_avx512;
+    kernel.finish = finish_avx512<T, Out>;
+    if constexpr (std::is_same_v<T, bf16>) {
+        if (isa < Isa::avx512_bf16) return kernel;
+        kernel.group = kernel.element_bytes = 2;
+        kernel.left_in_place = true;
+        kernel.pack_left = pack_pairs_avx512<6, 2>;
+        kernel.pack_right = pack_pairs_avx512<64, 2>;
+        kernel.multiply = multiply_avx512_bf16;
+        kernel.finish = finish_bf16<64, T, Out>;
+        if (isa < Isa::amx) return kernel;
+        kernel.mr = kernel.nr = kernel.group = 32;
+        kernel.mc = 256;
+        kernel.row_bytes = 64;
+        kernel.step_bytes = 2048;
+        kernel.pack_left = pack_tiles_amx;
+        kernel.pack_right = pack_pairs_avx512<32, 32>;
+        kernel.multiply = multiply_amx;
+        kernel.finish = finish_bf16<32, T, Out>;
+    }
+    return kernel;
 }

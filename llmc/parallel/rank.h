@@ -27,7 +27,7 @@ struct RankOptions {
 inline int64_t kernel_scratch_bytes(const RankOptions& o) {
     const GptConfig& g = o.model;
     return int64_t(std::max({matmul_scratch_bytes(o.threads), layernorm_backward_scratch_bytes(o.threads, g.channels),
-                             attention_scratch_bytes(o.threads, g.head_size(), o.chunk_tokens, g.heads)}));
+                             attention_scratch_bytes(o.threads, g.head_size(), int(g.heads), o.chunk_tokens)}));
 }
 
 inline Plan plan_pattern(const RankOptions& o, const std::vector<int>& group_sizes, bool training) {

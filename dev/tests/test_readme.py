@@ -1,0 +1,46 @@
+"""Every command of README.md, in its order, in a copy of the tree; `make run` with few steps. Left out: `make test`,
+which is what runs this."""
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def documented_commands(text):
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line and line != "make test"]
+
+
+COMMANDS = documented_commands((ROOT / "README.md").read_text())
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """What a user has after cloning, with the program already built."""
+    copy = tmp_path_factory.mktemp("helixtrain")
+    shutil.copytree(ROOT, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("build", "runs", ".git", "venv"))
+    shutil.copytree(ROOT / "build/cpu-fp32", copy / "build/cpu-fp32")
+    return copy
+
+
+def test_readme_lists_its_two_commands_first():
+    assert COMMANDS[0] == "make run" and "\nmake test\n" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(tree, command):
+    done = subprocess.run(command, shell=True, cwd=tree, capture_output=True, text=True, timeout=900,
+                          env={**os.environ, "STEPS": "12"})
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_every_file_of_llmc_is_on_the_map():
+    text = (ROOT / "llmc/README.md").read_text()
+    named = set(re.findall(r"`([\w/]+\.(?:h|cuh))`", text))
+    files = {path.name for path in (ROOT / "llmc").rglob("*") if path.suffix in (".h", ".cuh")}
+    assert {Path(name).name for name in named} == files
