@@ -64,9 +64,9 @@ TEST(Helix, WorkedExampleOfTwoRanks) {
         "P~2.m0 A~1.m0<>1 A~0.m3 P~0.m3<>1 A~0.m2 P~0.m2<>1 P~0.m1 P~0.m0");
     EXPECT_EQ(
         print_list(lists[1], in),
-        "(recv0) (recv0) A0.m0 P1.m0<>0 A0.m1 P1.m1<>0 P1.m2 A1.m2<>0 P1.m3 A1.m3<>0 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 "
+        "(recv0 recv0) A0.m0 P1.m0<>0 A0.m1 P1.m1<>0 P1.m2 A1.m2<>0 P1.m3 A1.m3<>0 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 "
         "P3.m2 A3.m2<>0 P3.m3 A3.m3<>0 "
-        "(recv0) (recv0) A~3.m3 P~3.m3<>0 A~3.m2 P~3.m2<>0 P~3.m1 A~2.m1<>0 P~3.m0 A~2.m0<>0 A~1.m3 P~1.m3<>0 A~1.m2 "
+        "(recv0 recv0) A~3.m3 P~3.m3<>0 A~3.m2 P~3.m2<>0 P~3.m1 A~2.m1<>0 P~3.m0 A~2.m0<>0 A~1.m3 P~1.m3<>0 A~1.m2 "
         "P~1.m2<>0 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0");
 }
 
@@ -82,22 +82,22 @@ TEST(Helix, WorkedExampleOfFourRanks) {
               "P~0.m1 P~0.m0");
     EXPECT_EQ(
         print_list(lists[1], in),
-        "(recv0) (recv0) A0.m0 P1.m0<>2 A0.m1 P1.m1<>2 P1.m2<>3 P1.m3<>3 P1.m4<>0 P1.m5<>0 P1.m6 A1.m6<>2 P1.m7 "
+        "(recv0 recv0) A0.m0 P1.m0<>2 A0.m1 P1.m1<>2 P1.m2<>3 P1.m3<>3 P1.m4<>0 P1.m5<>0 P1.m6 A1.m6<>2 P1.m7 "
         "A1.m7<>2 "
         "A2.m4<>3 A2.m5<>3 A3.m2<>0 A3.m3<>0 "
-        "(recv0) (recv0) A~3.m3<>3 A~3.m2<>3 A~2.m5<>2 A~2.m4<>2 A~1.m7 P~1.m7<>0 A~1.m6 P~1.m6<>0 P~1.m5<>3 P~1.m4<>3 "
+        "(recv0 recv0) A~3.m3<>3 A~3.m2<>3 A~2.m5<>2 A~2.m4<>2 A~1.m7 P~1.m7<>0 A~1.m6 P~1.m6<>0 P~1.m5<>3 P~1.m4<>3 "
         "P~1.m3<>2 P~1.m2<>2 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0");
     EXPECT_EQ(
         print_list(lists[2], in),
-        "(recv0) (recv0) A0.m2<>1 A0.m3<>1 A1.m0 P2.m0<>3 A1.m1 P2.m1<>3 P2.m2<>0 P2.m3<>0 P2.m4<>1 P2.m5<>1 P2.m6 "
+        "(recv0 recv0) A0.m2<>1 A0.m3<>1 A1.m0 P2.m0<>3 A1.m1 P2.m1<>3 P2.m2<>0 P2.m3<>0 P2.m4<>1 P2.m5<>1 P2.m6 "
         "A2.m6<>3 P2.m7 A2.m7<>3 A3.m4<>0 A3.m5<>0 "
-        "(recv0) (recv0) A~3.m5<>3 A~3.m4<>3 A~2.m7 P~2.m7<>1 A~2.m6 P~2.m6<>1 P~2.m5<>0 P~2.m4<>0 P~2.m3<>3 P~2.m2<>3 "
+        "(recv0 recv0) A~3.m5<>3 A~3.m4<>3 A~2.m7 P~2.m7<>1 A~2.m6 P~2.m6<>1 P~2.m5<>0 P~2.m4<>0 P~2.m3<>3 P~2.m2<>3 "
         "P~2.m1 A~1.m1<>1 P~2.m0 A~1.m0<>1 A~0.m3<>0 A~0.m2<>0");
     EXPECT_EQ(
         print_list(lists[3], in),
-        "(recv0) (recv0) A0.m4<>1 A0.m5<>1 A1.m2<>2 A1.m3<>2 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 P3.m2<>1 P3.m3<>1 P3.m4<>2 "
+        "(recv0 recv0) A0.m4<>1 A0.m5<>1 A1.m2<>2 A1.m3<>2 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 P3.m2<>1 P3.m3<>1 P3.m4<>2 "
         "P3.m5<>2 P3.m6 A3.m6<>0 P3.m7 A3.m7<>0 "
-        "(recv0) (recv0) A~3.m7 P~3.m7<>2 A~3.m6 P~3.m6<>2 P~3.m5<>1 P~3.m4<>1 P~3.m3<>0 P~3.m2<>0 P~3.m1 A~2.m1<>2 "
+        "(recv0 recv0) A~3.m7 P~3.m7<>2 A~3.m6 P~3.m6<>2 P~3.m5<>1 P~3.m4<>1 P~3.m3<>0 P~3.m2<>0 P~3.m1 A~2.m1<>2 "
         "P~3.m0 A~2.m0<>2 A~1.m3<>1 A~1.m2<>1 A~0.m5<>0 A~0.m4<>0");
 }
 
@@ -400,7 +400,7 @@ std::string try_instance(unsigned seed, int number, std::map<std::string, Counts
         if (!refusal(schedule, mine).empty()) return what + refusal(schedule, mine);
 
         const OpLists lists = schedule.lists(mine);
-        const std::vector<std::string> problems = check_lists(lists, mine);
+        const std::vector<std::string> problems = check_lists(lists, mine, Waiting::batch);  // implies Waiting::message
         if (!problems.empty()) return what + problems[0];
         for (size_t r = 0; r < lists.size(); ++r)
             for (const Op& op : lists[r])

@@ -7,6 +7,8 @@
 // Schedules, the proof and the simulator all walk this chain.
 #pragma once
 
+#include <algorithm>
+
 #include "llmc/pipeline/op.h"
 
 struct Chain {
@@ -20,10 +22,15 @@ struct Chain {
         static constexpr Part parts[] = {Part::pre, Part::attention, Part::post};
         if (position == head()) return {Part::head, training ? Pass::B : Pass::F, -1, chunk};
         const Pass pass = position < head() ? Pass::F : Pass::B;
-        const int forward =
-            pass == Pass::F ? position : 2 * head() - position;  // the chain is symmetric about the head
+        const int forward = std::min(position, 2 * head() - position);  // the chain is symmetric about the head
         if (forward == 0) return {Part::embed, pass, -1, chunk};
         return {parts[(forward - 1) % 3], pass, (forward - 1) / 3, chunk};
+    }
+
+    // The blocks of HelixPipe, all that lies between two attentions: 0 = embed, pre(0); k = post(k-1), pre(k); L =
+    // post(L-1), head.
+    int block(Part part, int layer) const {
+        return part == Part::embed ? 0 : part == Part::head ? layers : part == Part::post ? layer + 1 : layer;
     }
 
     // Of a W, the position of the B before it. -1 for an op that the model does not have.

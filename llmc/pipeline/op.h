@@ -41,15 +41,13 @@ inline const char* message_name(const Op& op) {
 }
 
 inline std::string op_name(const Op& op) {
-    std::string name = op.kind == Kind::compute ? part_name(op.part)
-                       : op.kind == Kind::send  ? "send of "
-                                                : "receive of ";
-    if (op.kind != Kind::compute) name += message_name(op);
-    else if (op.pass != Pass::F) name += op.pass == Pass::B ? " backward" : " weight gradients";
+    static const char* const passes[] = {"", " backward", " weight gradients"};
+    const bool compute = op.kind == Kind::compute, send = op.kind == Kind::send;
+    std::string name = compute ? part_name(op.part) + std::string(passes[int(op.pass)])
+                               : (send ? "send of " : "receive of ") + std::string(message_name(op));
     if (op.layer >= 0) name += " layer " + std::to_string(op.layer);
     name += " chunk " + std::to_string(op.chunk);
-    if (op.kind == Kind::compute) return name;
-    return name + (op.kind == Kind::send ? " to rank " : " from rank ") + std::to_string(op.peer);
+    return compute ? name : name + (send ? " to rank " : " from rank ") + std::to_string(op.peer);
 }
 
 // What the planner needs to know of a chunk. A chunk carries at most one slice of a sequence that is cut; the keys and
@@ -63,15 +61,15 @@ struct ChunkShape {
 
 // The tensors (or small sets of tensors, llmc/model/activations.h) that live longer than one op.
 enum class Tensor {
-    residual,     // input of layer l, output of layer l-1; l = L is the head's input
-    pre,          // LayerNorm output and statistics, queries, keys, values
-    attention,    // attention output, log-sum-exp
-    post,         // everything between attention output and layer output, kept when nothing is recomputed
-    store,        // keys and values of a sequence cut into slices
-    d_residual,   // gradient of the residual stream, updated in place from head to embed
-    d_attention,  // gradient of the attention output
-    d_qkv,        // gradient of queries, keys, values
-    d_store,      // gradients of keys and values of a cut sequence, summed over its later slices
+    residual,      // input of layer l, output of layer l-1; l = L is the head's input
+    pre,           // LayerNorm output and statistics, queries, keys, values
+    attention,     // attention output, log-sum-exp
+    post,          // everything between attention output and layer output, kept when nothing is recomputed
+    store,         // keys and values of a sequence cut into slices
+    d_residual,    // gradient of the residual stream, updated in place from head to embed
+    d_attention,   // gradient of the attention output
+    d_qkv,         // gradient of queries, keys, values
+    d_store,       // gradients of keys and values of a cut sequence, summed over its later slices
 };
 
 enum class Access { create, update, read };
@@ -92,9 +90,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, Recompute re
     auto read = [&](Tensor t, int layer, int owner) { list.push_back({t, layer, owner, Access::read}); };
 
     if (op.pass == Pass::F) switch (op.part) {
-            case Part::embed:
-                create(Tensor::residual, 0, c);
-                break;
+            case Part::embed: create(Tensor::residual, 0, c); break;
             case Part::pre:
                 read(Tensor::residual, l, c);
                 create(Tensor::pre, l, c);
@@ -110,9 +106,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, Recompute re
                 create(Tensor::residual, l + 1, c);
                 if (training && recompute == Recompute::none) create(Tensor::post, l, c);
                 break;
-            case Part::head:
-                read(Tensor::residual, layers, c);
-                break;
+            case Part::head: read(Tensor::residual, layers, c); break;
         }
     else switch (op.part) {
             case Part::head:  // loss and gradient in one pass
@@ -153,9 +147,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, Recompute re
                 read(Tensor::d_qkv, -1, c);
                 update(Tensor::d_residual, -1, c);
                 break;
-            case Part::embed:
-                read(Tensor::d_residual, -1, c);
-                break;
+            case Part::embed: read(Tensor::d_residual, -1, c); break;
         }
     return list;
 }

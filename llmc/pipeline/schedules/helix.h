@@ -1,4 +1,4 @@
-// HelixPipe (Zhang et al., arXiv 2507.00394): attention parallel pipeline. The model is cut into blocks with
+// HelixPipe (Zhang et al., arXiv 2507.00394), attention parallel pipeline. The model is cut into blocks, which have the
 // parameters,
 //
 //   block 0 = embed, pre(0)      block k = post(k-1), pre(k)      block L = post(L-1), head
@@ -39,19 +39,8 @@ inline int helix_chunk(const ScheduleInput& in, HelixPlace at) {
 
 // Which rank holds and runs a part.
 inline int helix_owner(const ScheduleInput& in, Part part, int layer, int chunk) {
-    switch (part) {
-        case Part::embed:
-            return 0;
-        case Part::pre:
-            return layer % in.ranks;
-        case Part::attention:
-            return (layer + helix_place(in, chunk).offset + 1) % in.ranks;
-        case Part::post:
-            return (layer + 1) % in.ranks;
-        case Part::head:
-            return in.layers % in.ranks;
-    }
-    return -1;
+    if (part == Part::attention) return (layer + helix_place(in, chunk).offset + 1) % in.ranks;
+    return Chain{in.layers, in.training}.block(part, layer) % in.ranks;
 }
 
 // The forward slots of a rank. If p divides L, the ring of blocks closes: rank 0 runs the last as well as the first, a
@@ -89,10 +78,9 @@ inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
         if (rank == 0 && (g == 0 || !closed)) block(0, 0);
         int last = rank - p;  // the block of this rank that came last
         for (int k = rank; k <= L; last = k, k += p) {
-            for (int l = std::max(0, k - p + 1); l < k; ++l)
-                attention(l, k - 1 - l);  // the last one, j = 0, goes on with block k
+            for (int l = std::max(0, k - p + 1); l < k; ++l) attention(l, k - 1 - l);  // j = 0 goes on with block k
             for (int j = 1; j < p; ++j)
-                if (k > 0 || g == 0 || !closed) block(k, j);  // the last one goes on with attention k
+                if (k > 0 || g == 0 || !closed) block(k, j);  // j = p-1 goes on with attention k
         }
         for (int l = std::max(0, last + 1); l < L; ++l) attention(l, last + p - 1 - l);
     }
