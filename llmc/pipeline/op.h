@@ -1,6 +1,6 @@
-// A training step is data: for every rank a flat list of Ops. Schedules return such lists, the planner gives their
-// tensors addresses, the schedule loop in train_gpt.cu runs them. `uses` is the one description of what each op reads
-// and writes; memory planning and the dependency check both follow from it.
+// A training step is data: for every rank a flat list of Ops. Schedules return such lists, check.h proves them, the
+// planner gives their tensors addresses, the schedule loop in train_gpt.cu runs them. `uses` is the one description of
+// what each op reads and writes; memory planning follows from it.
 #pragma once
 
 #include <string>
@@ -8,13 +8,22 @@
 
 #include "llmc/model/gpt.h"
 
-enum class Pass { F, B };  // forward; backward to inputs and weights
+// Forward; backward; the gradients of the weights of a block, where its backward leaves them for later.
+enum class Pass { F, B, W };
 
+enum class Kind { compute, send, receive };
+
+// A compute op runs one part of the model on one chunk. A send or receive carries the result of the compute op that its
+// first four fields name.
 struct Op {
     Part part;
     Pass pass;
     int layer;  // -1 for embed and head
     int chunk;
+    bool split = false;  // a B of pre or post that yields the gradient of its input alone; a W of the same part follows
+    Kind kind = Kind::compute;
+    int peer = -1;   // rank at the other end
+    int batch = -1;  // sends and receives of one number are posted together; numbers increase along the list
 };
 
 inline const char* part_name(Part part) {
@@ -22,10 +31,23 @@ inline const char* part_name(Part part) {
     return names[int(part)];
 }
 
+// What a send or receive carries. Between stages of whole layers: the residual stream, or its gradient. Between the
+// blocks and the attentions of HelixPipe: X and Y into and out of an attention, dX and dY back.
+inline const char* message_name(const Op& op) {
+    if (op.part == Part::pre) return op.pass == Pass::F ? "X" : "gradient";
+    if (op.part == Part::attention) return op.pass == Pass::F ? "Y" : "dX";
+    if (op.part == Part::post) return op.pass == Pass::F ? "activation" : "dY";
+    return op.pass == Pass::F ? "activation" : "gradient";
+}
+
 inline std::string op_name(const Op& op) {
-    std::string name = std::string(part_name(op.part)) + (op.pass == Pass::B ? " backward" : "");
+    static const char* const passes[] = {"", " backward", " weight gradients"};
+    const bool compute = op.kind == Kind::compute, send = op.kind == Kind::send;
+    std::string name = compute ? part_name(op.part) + std::string(passes[int(op.pass)])
+                               : (send ? "send of " : "receive of ") + std::string(message_name(op));
     if (op.layer >= 0) name += " layer " + std::to_string(op.layer);
-    return name + " chunk " + std::to_string(op.chunk);
+    name += " chunk " + std::to_string(op.chunk);
+    return compute ? name : name + (send ? " to rank " : " from rank ") + std::to_string(op.peer);
 }
 
 // What the planner needs to know of a chunk. A chunk carries at most one slice of a sequence that is cut; the keys and

@@ -1,0 +1,151 @@
+// A second simulator of op lists, written to share nothing with llmc/pipeline/simulate.h, against which that one is
+// tested. Time goes from event to event, and at each of them everything that can start is started. What an op takes is
+// looked up by name.
+#pragma once
+
+#include <algorithm>
+#include <unordered_set>
+#include <vector>
+
+#include "llmc/pipeline/op.h"
+
+struct BruteForce {
+    bool finished = false;
+    double makespan = 0;
+    std::vector<double> busy;                // [rank]
+    std::vector<std::vector<double>> start;  // [rank][op] of compute ops
+};
+
+// compute(op), transfer(op): durations.
+template <class Compute, class Transfer>
+BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Compute compute, Transfer transfer) {
+    using Name = int64_t;
+    const auto name = [&](Part part, bool forward, int layer, int chunk) {
+        return ((Name(chunk) * (layers + 1) + layer + 1) * 5 + int(part)) * 2 + forward;
+    };
+    const auto result = [&](const Op& op) { return name(op.part, op.pass == Pass::F, op.layer, op.chunk); };
+    const auto input = [&](const Op& op) -> Name {  // itself if it takes nothing
+        const int l = op.layer, c = op.chunk, last = layers - 1;
+        if (op.pass == Pass::W) return result(op);
+        if (op.pass == Pass::F) switch (op.part) {
+                case Part::embed:
+                    return result(op);
+                case Part::pre:
+                    return l == 0 ? name(Part::embed, true, -1, c) : name(Part::post, true, l - 1, c);
+                case Part::attention:
+                    return name(Part::pre, true, l, c);
+                case Part::post:
+                    return name(Part::attention, true, l, c);
+                case Part::head:
+                    return name(Part::post, true, last, c);
+            }
+        switch (op.part) {
+            case Part::head:
+                return name(Part::post, true, last, c);
+            case Part::post:
+                return l == last ? name(Part::head, false, -1, c) : name(Part::pre, false, l + 1, c);
+            case Part::attention:
+                return name(Part::post, false, l, c);
+            case Part::pre:
+                return name(Part::attention, false, l, c);
+            case Part::embed:
+                return name(Part::pre, false, 0, c);
+        }
+        return -1;
+    };
+
+    struct Rank {
+        size_t next = 0;
+        double free = 0;                            // end of the op that runs
+        std::vector<std::vector<const Op*>> queue;  // batches posted
+        size_t head = 0;                            // batch being served
+        size_t arrived = 0;                         // of its messages
+        std::unordered_set<Name> received;
+        std::unordered_set<Name> expected;  // all that the list receives
+    };
+    struct Flight {
+        Name what;
+        int from, to;
+        double end;
+    };
+    const int p = int(lists.size());
+    std::vector<Rank> ranks(static_cast<size_t>(p));
+    BruteForce out;
+    for (int r = 0; r < p; ++r) {
+        out.busy.push_back(0);
+        out.start.emplace_back(lists[r].size());
+        for (const Op& op : lists[r])
+            if (op.kind == Kind::receive) ranks[r].expected.insert(result(op));
+    }
+    std::vector<Flight> flights;
+    std::unordered_set<Name> flown;
+    double now = 0;
+    for (;;) {
+        for (bool progress = true; progress;) {
+            progress = false;
+            for (size_t i = 0; i < flights.size();)
+                if (flights[i].end <= now) {
+                    const Flight f = flights[i];
+                    flights.erase(flights.begin() + long(i));
+                    ranks[f.to].received.insert(f.what);
+                    for (int r : {f.from, f.to})
+                        if (++ranks[r].arrived == ranks[r].queue[ranks[r].head].size())
+                            ++ranks[r].head, ranks[r].arrived = 0;
+                    progress = true;
+                } else {
+                    ++i;
+                }
+            for (int r = 0; r < p; ++r) {
+                Rank& rank = ranks[r];
+                if (rank.head < rank.queue.size())
+                    for (const Op* op : rank.queue[rank.head]) {
+                        if (op->kind != Kind::send || flown.count(result(*op))) continue;
+                        Rank& peer = ranks[op->peer];
+                        if (peer.head == peer.queue.size()) continue;
+                        for (const Op* other : peer.queue[peer.head])
+                            if (other->kind == Kind::receive && other->peer == r && result(*other) == result(*op)) {
+                                flown.insert(result(*op));
+                                flights.push_back({result(*op), r, op->peer, now + transfer(*op)});
+                                progress = true;
+                            }
+                    }
+                while (rank.next < lists[r].size() && rank.free <= now) {
+                    const Op& op = lists[r][rank.next];
+                    if (op.kind != Kind::compute) {
+                        std::vector<const Op*> batch;
+                        const int number = op.batch;
+                        for (; rank.next < lists[r].size(); ++rank.next) {
+                            const Op& member = lists[r][rank.next];
+                            if (member.kind == Kind::compute || member.batch != number) break;
+                            batch.push_back(&member);
+                        }
+                        rank.queue.push_back(batch);
+                        progress = true;
+                        continue;
+                    }
+                    if (rank.expected.count(input(op)) && !rank.received.count(input(op))) break;
+                    const double time = compute(op);
+                    out.start[r][rank.next] = now;
+                    rank.free = now + time;
+                    out.busy[r] += time;
+                    ++rank.next;
+                    progress = true;
+                }
+            }
+        }
+        double next = -1;  // the next event
+        const auto event = [&](double t) {
+            if (t > now && (next < 0 || t < next)) next = t;
+        };
+        for (const Rank& rank : ranks) event(rank.free);
+        for (const Flight& f : flights) event(f.end);
+        if (next < 0) break;
+        now = next;
+    }
+    out.finished = flights.empty();
+    for (int r = 0; r < p; ++r) {
+        out.finished = out.finished && ranks[r].next == lists[r].size() && ranks[r].head == ranks[r].queue.size();
+        out.makespan = std::max(out.makespan, ranks[r].free);
+    }
+    return out;
+}

@@ -1,0 +1,546 @@
+// Schedules, their proof and their simulation: the worked examples of HelixPipe, its table of exchanges, wrong plans
+// that must be refused, thousands of random instances, bubbles against closed forms and against a second simulator.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <chrono>
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <tuple>
+
+#include "dev/tests/brute_force.h"
+#include "llmc/pipeline/check.h"
+#include "llmc/pipeline/print.h"
+#include "llmc/pipeline/schedules/schedules.h"
+
+namespace {
+
+OpLists lists_of(const std::string& name, const ScheduleInput& in) { return find_schedule(name)->lists(in); }
+
+std::string describe(const std::string& name, const ScheduleInput& in) {
+    return name + " p=" + std::to_string(in.ranks) + " L=" + std::to_string(in.layers) +
+           " m=" + std::to_string(in.chunks) + " F=" + std::to_string(in.folds) +
+           " v=" + std::to_string(in.virtual_stages) + (in.training ? "" : " forward only");
+}
+
+// The seed of everything random, printed; another one with SEED=n.
+unsigned seed() {
+    const char* text = std::getenv("SEED");
+    const unsigned value = text ? unsigned(std::strtoul(text, nullptr, 10)) : 5;
+    std::printf("  SEED=%u\n", value);
+    return value;
+}
+
+// Times of the parts. Backward takes twice the forward, and where it recomputes blocks, their forward on top; a split
+// backward halves. Embedding and head cost nothing.
+struct Times {
+    double pre, attention, post;
+    bool recompute = false;
+
+    double operator()(const Op& op) const {
+        const double forward = op.part == Part::pre         ? pre
+                               : op.part == Part::attention ? attention
+                               : op.part == Part::post      ? post
+                                                            : 0;
+        if (op.pass != Pass::B) return forward;
+        return forward * (op.part == Part::attention ? 2 : (op.split ? 1 : 2) + recompute);
+    }
+};
+
+double no_time(const Op&) { return 0; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The examples of the specification
+
+TEST(Helix, WorkedExampleOfTwoRanks) {
+    const ScheduleInput in{2, 4, 4, 2};
+    const OpLists lists = lists_of("helix", in);
+    EXPECT_EQ(
+        print_list(lists[0], in),
+        "P0.m0<>1 P0.m1<>1 P0.m2 A0.m2<>1 P0.m3 A0.m3<>1 A1.m0 P2.m0<>1 A1.m1 P2.m1<>1 P2.m2 A2.m2<>1 P2.m3 A2.m3<>1 "
+        "A3.m0 P4.m0<>1 A3.m1 P4.m1<>1 P4.m2 P4.m3 "
+        "P~4.m3<>1 P~4.m2<>1 P~4.m1 A~3.m1<>1 P~4.m0 A~3.m0<>1 A~2.m3 P~2.m3<>1 A~2.m2 P~2.m2<>1 P~2.m1 A~1.m1<>1 "
+        "P~2.m0 A~1.m0<>1 A~0.m3 P~0.m3<>1 A~0.m2 P~0.m2<>1 P~0.m1 P~0.m0");
+    EXPECT_EQ(
+        print_list(lists[1], in),
+        "(recv0 recv0) A0.m0 P1.m0<>0 A0.m1 P1.m1<>0 P1.m2 A1.m2<>0 P1.m3 A1.m3<>0 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 "
+        "P3.m2 A3.m2<>0 P3.m3 A3.m3<>0 "
+        "(recv0 recv0) A~3.m3 P~3.m3<>0 A~3.m2 P~3.m2<>0 P~3.m1 A~2.m1<>0 P~3.m0 A~2.m0<>0 A~1.m3 P~1.m3<>0 A~1.m2 "
+        "P~1.m2<>0 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0");
+}
+
+TEST(Helix, WorkedExampleOfFourRanks) {
+    const ScheduleInput in{4, 4, 8, 2};
+    const OpLists lists = lists_of("helix", in);
+    EXPECT_EQ(print_list(lists[0], in),
+              "P0.m0<>1 P0.m1<>1 P0.m2<>2 P0.m3<>2 P0.m4<>3 P0.m5<>3 P0.m6 A0.m6<>1 P0.m7 A0.m7<>1 A1.m4<>2 A1.m5<>2 "
+              "A2.m2<>3 "
+              "A2.m3<>3 A3.m0 P4.m0<>1 A3.m1 P4.m1<>1 P4.m2<>2 P4.m3<>2 P4.m4<>3 P4.m5<>3 P4.m6 P4.m7 "
+              "P~4.m7<>3 P~4.m6<>3 P~4.m5<>2 P~4.m4<>2 P~4.m3<>1 P~4.m2<>1 P~4.m1 A~3.m1<>3 P~4.m0 A~3.m0<>3 A~2.m3<>2 "
+              "A~2.m2<>2 A~1.m5<>1 A~1.m4<>1 A~0.m7 P~0.m7<>3 A~0.m6 P~0.m6<>3 P~0.m5<>2 P~0.m4<>2 P~0.m3<>1 P~0.m2<>1 "
+              "P~0.m1 P~0.m0");
+    EXPECT_EQ(
+        print_list(lists[1], in),
+        "(recv0 recv0) A0.m0 P1.m0<>2 A0.m1 P1.m1<>2 P1.m2<>3 P1.m3<>3 P1.m4<>0 P1.m5<>0 P1.m6 A1.m6<>2 P1.m7 "
+        "A1.m7<>2 "
+        "A2.m4<>3 A2.m5<>3 A3.m2<>0 A3.m3<>0 "
+        "(recv0 recv0) A~3.m3<>3 A~3.m2<>3 A~2.m5<>2 A~2.m4<>2 A~1.m7 P~1.m7<>0 A~1.m6 P~1.m6<>0 P~1.m5<>3 P~1.m4<>3 "
+        "P~1.m3<>2 P~1.m2<>2 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0");
+    EXPECT_EQ(
+        print_list(lists[2], in),
+        "(recv0 recv0) A0.m2<>1 A0.m3<>1 A1.m0 P2.m0<>3 A1.m1 P2.m1<>3 P2.m2<>0 P2.m3<>0 P2.m4<>1 P2.m5<>1 P2.m6 "
+        "A2.m6<>3 P2.m7 A2.m7<>3 A3.m4<>0 A3.m5<>0 "
+        "(recv0 recv0) A~3.m5<>3 A~3.m4<>3 A~2.m7 P~2.m7<>1 A~2.m6 P~2.m6<>1 P~2.m5<>0 P~2.m4<>0 P~2.m3<>3 P~2.m2<>3 "
+        "P~2.m1 A~1.m1<>1 P~2.m0 A~1.m0<>1 A~0.m3<>0 A~0.m2<>0");
+    EXPECT_EQ(
+        print_list(lists[3], in),
+        "(recv0 recv0) A0.m4<>1 A0.m5<>1 A1.m2<>2 A1.m3<>2 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 P3.m2<>1 P3.m3<>1 P3.m4<>2 "
+        "P3.m5<>2 P3.m6 A3.m6<>0 P3.m7 A3.m7<>0 "
+        "(recv0 recv0) A~3.m7 P~3.m7<>2 A~3.m6 P~3.m6<>2 P~3.m5<>1 P~3.m4<>1 P~3.m3<>0 P~3.m2<>0 P~3.m1 A~2.m1<>2 "
+        "P~3.m0 A~2.m0<>2 A~1.m3<>1 A~1.m2<>1 A~0.m5<>0 A~0.m4<>0");
+}
+
+// Start and end of every op of the one-fold example: p = 4, L = 4, m = 4, blocks 1 (first and last 0.5), attention 2.
+TEST(Helix, SlotTimesOfOneFold) {
+    const ScheduleInput in{4, 4, 4, 1};
+    const OpLists lists = lists_of("helix", in);
+    const Timeline timeline = simulate(lists, in, Times{0.5, 2, 0.5}, no_time);
+    const auto slots = [&](size_t r) {  // "A0.m3 2-4": ops of one name are one entry
+        std::string text, last;
+        double end = 0;
+        char number[32];
+        const auto time = [&](double t) { return std::snprintf(number, sizeof number, "%g", t), std::string(number); };
+        for (size_t i = 0; i < lists[r].size() && lists[r][i].pass == Pass::F; ++i) {
+            if (lists[r][i].kind != Kind::compute) continue;
+            const std::string now = print_list({lists[r][i]}, in);
+            if (now != last)
+                text += (last.empty() ? "" : "-" + time(end) + " ") + now + " " + time(timeline.spans[r][i].start);
+            last = now;
+            end = timeline.spans[r][i].end;
+        }
+        return text + "-" + time(end);
+    };
+    EXPECT_EQ(slots(0),
+              "P0.m0 0-0.5 P0.m1 0.5-1 P0.m2 1-1.5 P0.m3 1.5-2 A0.m3 2-4 A1.m2 5.5-7.5 A2.m1 7.5-9.5 A3.m0 9.5-11.5 "
+              "P4.m0 11.5-12 P4.m1 12.5-13 P4.m2 13.5-14 P4.m3 14.5-15");
+    EXPECT_EQ(slots(1),
+              "A0.m0 0.5-2.5 P1.m0 2.5-3.5 P1.m1 3.5-4.5 P1.m2 4.5-5.5 P1.m3 5.5-6.5 A1.m3 6.5-8.5 A2.m2 8.5-10.5 "
+              "A3.m1 10.5-12.5");
+    EXPECT_EQ(slots(2),
+              "A0.m1 1-3 A1.m0 3.5-5.5 P2.m0 5.5-6.5 P2.m1 6.5-7.5 P2.m2 7.5-8.5 P2.m3 8.5-9.5 A2.m3 9.5-11.5 "
+              "A3.m2 11.5-13.5");
+    EXPECT_EQ(slots(3),
+              "A0.m2 1.5-3.5 A1.m1 4.5-6.5 A2.m0 6.5-8.5 P3.m0 8.5-9.5 P3.m1 9.5-10.5 P3.m2 10.5-11.5 P3.m3 11.5-12.5 "
+              "A3.m3 12.5-14.5");
+}
+
+// The table of exchanges, row by row: what is posted after a slot, by the block or attention it ends with; and the
+// receives posted by themselves. Full groups; where p does not divide L, each group is exchanged as if it were alone.
+TEST(Helix, TableOfExchanges) {
+    int slots = 0, starts = 0;
+    for (const auto& [p, L, m, F] : std::vector<std::array<int, 4>>{{2, 4, 4, 2},
+                                                                    {4, 4, 8, 2},
+                                                                    {2, 2, 4, 2},
+                                                                    {3, 6, 12, 2},
+                                                                    {4, 8, 4, 1},
+                                                                    {4, 8, 16, 2},
+                                                                    {8, 32, 16, 2},
+                                                                    {3, 3, 27, 3},
+                                                                    {3, 4, 6, 1},
+                                                                    {4, 5, 16, 2},
+                                                                    {5, 2, 10, 1},
+                                                                    {4, 7, 12, 1},
+                                                                    {2, 5, 12, 3}}) {
+        const ScheduleInput in{p, L, m, F};
+        const OpLists lists = lists_of("helix", in);
+        const bool closed = L % p == 0;
+        const auto group = [&](const Op& op) { return op.chunk / (p * F); };
+        const auto offset = [&](const Op& op) { return op.chunk / F % p; };
+        for (int r = 0; r < p; ++r) {
+            const std::vector<Op>& list = lists[size_t(r)];
+            const Op* end = nullptr;  // of the slot
+            for (size_t i = 0; i < list.size();) {
+                if (list[i].kind == Kind::compute) {
+                    end = &list[i++];
+                    continue;
+                }
+                std::string sent, received;
+                const Op first = list[i];
+                for (const int batch = first.batch; i < list.size() && list[i].batch == batch; ++i)
+                    (list[i].kind == Kind::send ? sent : received) +=
+                        message_name(list[i]) + std::to_string(list[i].layer) + ".m" + std::to_string(list[i].chunk) +
+                        " " + std::to_string(list[i].peer);
+                if (!end || end->pass != first.pass || (!closed && sent.empty() && group(*end) != group(first))) {
+                    const bool forward = first.pass == Pass::F;
+                    EXPECT_STREQ(message_name(first), forward ? "X" : "dY");
+                    EXPECT_EQ(first.layer, forward ? 0 : L - 1);
+                    EXPECT_EQ(offset(first), forward ? r - 1 : (r - L % p + p) % p);
+                    EXPECT_EQ(first.peer, forward ? 0 : L % p);
+                    EXPECT_EQ(sent, "");
+                    ++starts;
+                    continue;
+                }
+                const bool forward = end->pass == Pass::F, block = end->part != Part::attention;
+                const int g = group(*end), j = offset(*end), f = end->chunk % F, l = end->layer;
+                const int k = end->part == Part::embed  ? 0
+                              : end->part == Part::head ? L
+                              : end->part == Part::post ? l + 1
+                                                        : l;
+                const auto message = [&](const std::string& what, int layer, int in_group, int at_offset, int peer) {
+                    if (in_group < 0 || in_group >= m / (p * F)) return std::string();
+                    return what + std::to_string(layer) + ".m" + std::to_string((in_group * p + at_offset) * F + f) +
+                           " " + std::to_string(peer);
+                };
+                std::string send, receive;
+                if (block && forward && k < L) {
+                    const int peer = (k + j + 1) % p;
+                    send = message("X", k, g, j, peer);
+                    if (k > 0) receive = message("Y", k - 1, g, j + 1, peer);
+                    else if (closed) receive = message("Y", L - 1, g - 1, j + 1, peer);
+                } else if (block && forward) {
+                    receive = message("Y", L - 1, g, j + 1, (L + j + 1) % p);
+                } else if (forward) {
+                    const int peer = (l + 1) % p;
+                    send = message("Y", l, g, j, peer);
+                    if (l < L - 1) receive = message("X", l + 1, g, j - 1, peer);
+                    else if (closed) receive = message("X", 0, g + 1, j - 1, peer);
+                } else if (block && k > 0) {
+                    const int peer = (k + j) % p;
+                    send = message("dY", k - 1, g, j, peer);
+                    if (k < L) receive = message("dX", k, g, j - 1, peer);
+                    else if (closed) receive = message("dX", 0, g + 1, j - 1, peer);
+                } else if (block) {
+                    receive = message("dX", 0, g, j - 1, j % p);
+                } else {
+                    const int peer = l % p;
+                    send = message("dX", l, g, j, peer);
+                    if (l > 0) receive = message("dY", l - 1, g, j + 1, peer);
+                    else if (closed) receive = message("dY", L - 1, g - 1, j + 1, peer);
+                }
+                EXPECT_EQ(sent, send) << describe("helix", in) << " rank " << r << " after " << op_name(*end);
+                EXPECT_EQ(received, receive) << describe("helix", in) << " rank " << r << " after " << op_name(*end);
+                ++slots;
+            }
+        }
+    }
+    std::printf("  %d exchanges after slots and %d receives by themselves as in the table\n", slots, starts);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Wrong plans
+
+// A plan that must be refused, with a sentence that has these words.
+std::string expect_refused(const OpLists& lists, const ScheduleInput& in, const std::string& words = "") {
+    std::string sentences;
+    for (const std::string& sentence : check_lists(lists, in)) sentences += sentence + "\n";
+    EXPECT_NE(sentences, "");
+    EXPECT_NE(sentences.find(words), std::string::npos) << "sentences:\n" << sentences << "lack: " << words;
+    return sentences.substr(0, sentences.find('\n'));
+}
+
+// Every batch in two, sends before receives: exchanges that are not posted together.
+OpLists unbatched(OpLists lists) {
+    for (std::vector<Op>& list : lists) {
+        int number = -1;
+        const Op* last = nullptr;
+        for (size_t i = 0; i < list.size();) {
+            size_t end = i;
+            while (end < list.size() && list[end].kind != Kind::compute && list[end].batch == list[i].batch) ++end;
+            std::stable_sort(list.begin() + long(i), list.begin() + long(end),
+                             [](const Op& a, const Op& b) { return a.kind < b.kind; });
+            last = nullptr;
+            for (; i < end; last = &list[i++]) list[i].batch = number += !last || last->kind != list[i].kind;
+            if (i < list.size() && list[i].kind == Kind::compute) ++i;
+        }
+    }
+    return lists;
+}
+
+TEST(Check, RefusesWrongPlans) {
+    const std::vector<std::pair<std::string, ScheduleInput>> plans = {
+        {"helix", {4, 4, 8, 2}}, {"helix", {3, 4, 5, 1}},          {"1f1b", {3, 5, 4}},
+        {"gpipe", {2, 2, 3}},    {"interleaved", {2, 4, 4, 2, 2}}, {"zb-h2", {3, 3, 6}},
+    };
+    int tried = 0;
+    for (const auto& [name, in] : plans) {
+        const OpLists good = lists_of(name, in);
+        ASSERT_EQ(check_lists(good, in), std::vector<std::string>()) << describe(name, in);
+        for (size_t r = 0; r < good.size(); ++r)
+            for (size_t i = 0; i < good[r].size(); ++i) {
+                const Op& op = good[r][i];
+                SCOPED_TRACE(describe(name, in) + " rank " + std::to_string(r) + " " + op_name(op));
+                const auto refused = [&](const std::string& words, auto change) {
+                    OpLists lists = good;
+                    change(lists, lists[r], lists[r].begin() + long(i));
+                    expect_refused(lists, in, words);
+                    ++tried;
+                };
+                refused("", [](auto&, auto& list, auto at) { list.erase(at); });
+                refused(op_name(op), [](auto&, auto& list, auto at) { list.insert(at, *at); });
+                refused("", [&](auto&, auto&, auto at) { at->chunk = (at->chunk + 1) % in.chunks; });
+                refused("", [&](auto&, auto&, auto at) { at->layer += 1; });
+                if (op.kind == Kind::compute) {
+                    const bool first = op.part == Part::embed && op.pass == Pass::F;
+                    if (!first && i > 0)
+                        refused("", [](auto&, auto& list, auto at) { std::rotate(list.begin(), at, at + 1); });
+                    if (op.split) refused("adds them again", [](auto&, auto&, auto at) { at->split = false; });
+                    refused("", [&](auto& lists, auto& list, auto at) {  // on another rank
+                        list.erase(at);
+                        lists[(r + 1) % lists.size()].push_back(op);
+                    });
+                    continue;
+                }
+                refused("in no batch", [](auto&, auto&, auto at) { at->batch = -1; });
+                refused("no other rank", [&](auto&, auto&, auto at) { at->peer = int(r); });
+                refused("",
+                        [](auto&, auto&, auto at) { at->kind = at->kind == Kind::send ? Kind::receive : Kind::send; });
+                for (int peer = 0; peer < in.ranks; ++peer)
+                    if (peer != op.peer && peer != int(r))
+                        refused(op.kind == Kind::send ? "no receive at its peer" : "no send at its peer",
+                                [&](auto&, auto&, auto at) { at->peer = peer; });
+                for (size_t k = i + 1; k < good[r].size(); ++k)  // swapped with the next one of its kind to its peer
+                    if (good[r][k].kind == op.kind && good[r][k].peer == op.peer) {
+                        refused("", [&](auto&, auto& list, auto) {
+                            std::swap(list[i], list[k]);
+                            std::swap(list[i].batch, list[k].batch);
+                        });
+                        break;
+                    }
+                const auto other_end = [&](auto& list) {
+                    return std::find_if(list.begin(), list.end(), [&](const Op& o) {
+                        return o.kind == Kind::receive && std::tie(o.part, o.pass, o.layer, o.chunk) ==
+                                                              std::tie(op.part, op.pass, op.layer, op.chunk);
+                    });
+                };
+                if (op.kind == Kind::send) {
+                    refused("listed twice", [&](auto& lists, auto& list, auto at) {  // both ends
+                        list.insert(at, op);
+                        auto& peer = lists[size_t(op.peer)];
+                        peer.insert(other_end(peer), *other_end(peer));
+                    });
+                    refused("lacks its input", [&](auto& lists, auto& list, auto at) {
+                        list.erase(at);
+                        auto& peer = lists[size_t(op.peer)];
+                        peer.erase(other_end(peer));
+                    });
+                }
+            }
+        if (name == "gpipe") continue;  // messages one way at a time need no batches
+        const std::string sentence = expect_refused(unbatched(good), in, "waits for ever: a deadlock");
+        std::printf("  %s unbatched: %s\n", describe(name, in).c_str(), sentence.c_str());
+    }
+    std::printf("  %d wrong plans refused\n", tried);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Bubbles
+
+// The bubble without communication where a closed form is exact, negative elsewhere.
+double closed_form(const std::string& name, const ScheduleInput& in, const Times& t) {
+    const int p = in.ranks, L = in.layers, m = in.chunks, F = in.folds, v = in.virtual_stages;
+    if (p < 2 || L % p != 0 || !in.training) return -1;
+    const double layers = L / p, blocks = t.pre + t.post;
+    const double forward = layers * (blocks + t.attention);
+    const double backward = layers * ((t.recompute ? 2 : 1) * blocks + 2 * t.attention), weights = layers * blocks;
+    if (name == "gpipe" || name == "1f1b") return (p - 1) * (forward + backward + weights);
+    if (name == "interleaved" && L % (p * v) == 0 && m % p == 0) return (p - 1) * (forward + backward + weights) / v;
+    if (name == "zb-h1" && m >= p) return (p - 1) * (forward + backward - weights);
+    if (name == "zb-h2" && m >= 2 * p - 1) return (p - 1) * (forward + backward - 2 * weights);
+    const double passes = t.recompute ? 4 : 3;
+    if (name == "helix" && F == 1 && m % p == 0) return passes * (p - 1) * blocks;
+    // An attention hides a block, in the backward pass as well.
+    const bool hides = t.pre == 0 && t.attention >= t.post && 2 * t.attention >= (passes - 1) * t.post;
+    if (name == "helix" && F > 1 && m % (p * F) == 0 && hides) return passes * (F * (p - 2) + 1) * t.post;
+    return -1;
+}
+
+// Idle time of the busiest rank; for ZB-H2, which lets every rank start late and end early, within its own span.
+double bubble(const std::string& name, const Timeline& timeline) {
+    if (name != "zb-h2") return timeline.bubble();
+    double longest = 0;
+    for (const Span& span : timeline.active) longest = std::max(longest, span.end - span.start);
+    return longest - *std::max_element(timeline.busy.begin(), timeline.busy.end());
+}
+
+struct Counts {
+    int proven = 0, closed = 0, compared = 0;
+};
+
+// Draws an instance and tries all schedules on it. Returns what is wrong.
+std::string try_instance(unsigned seed, int number, std::map<std::string, Counts>& counts, int& uneven) {
+    std::seed_seq sequence{seed, unsigned(number)};
+    std::mt19937 generator(sequence);
+    const auto random = [&](int low, int high) { return low + int(generator() % unsigned(high - low + 1)); };
+    const bool even = number % 2 == 0;
+    ScheduleInput in{random(even ? 1 : 2, 16), random(1, 64), random(1, 64), random(1, 3), random(1, 4)};
+    const auto multiples = [&] { return in.layers % in.ranks == 0 && in.chunks % (in.ranks * in.folds) == 0; };
+    if (even) {
+        const int stages = in.ranks * in.virtual_stages, group = in.ranks * in.folds;
+        in.layers = std::max(1, in.layers / stages) * stages;
+        in.chunks = std::max(1, in.chunks / group) * group;
+    } else if (multiples()) {
+        (random(0, 1) ? in.layers : in.chunks) -= 1;
+    }
+    uneven += !multiples();
+    in.training = random(0, 9) > 0;
+    const int message = random(0, 3);
+    const auto message_time = [&](const Op& op) { return double(message * (1 + op.chunk % 3)); };
+
+    for (const Schedule& schedule : schedules()) {
+        const std::string& name = schedule.name;
+        Times times{double(random(0, 4)), double(random(1, 20)), double(random(1, 8)), random(0, 1) == 1};
+        if (name == "helix" && in.folds > 1 && random(0, 1))
+            times = {0, times.attention + times.post, times.post, times.recompute};
+        ScheduleInput mine = in;
+        if (name != "interleaved") mine.virtual_stages = 1;
+        const std::string what = describe(name, mine) + " times " + std::to_string(times.pre) + " " +
+                                 std::to_string(times.attention) + " " + std::to_string(times.post) +
+                                 (times.recompute ? " recompute: " : ": ");
+        if (!refusal(schedule, mine).empty()) return what + refusal(schedule, mine);
+
+        const OpLists lists = schedule.lists(mine);
+        const std::vector<std::string> problems = check_lists(lists, mine, Waiting::batch);  // implies Waiting::message
+        if (!problems.empty()) return what + problems[0];
+        for (size_t r = 0; r < lists.size(); ++r)
+            for (const Op& op : lists[r])
+                if (op.kind == Kind::compute && schedule.owner(mine, op.part, op.layer, op.chunk) != int(r))
+                    return what + op_name(op) + " is not on the rank of its owner map";
+        ++counts[name].proven;
+
+        const double expected = closed_form(name, mine, times);
+        if (expected >= 0) {
+            const double found = bubble(name, simulate(lists, mine, times, no_time));
+            if (found != expected)
+                return what + "bubble " + std::to_string(found) + ", closed form " + std::to_string(expected);
+            ++counts[name].closed;
+            continue;
+        }
+        const Timeline timeline = simulate(lists, mine, times, message_time);
+        const BruteForce second = brute_force(lists, mine.layers, times, message_time);
+        if (!second.finished || timeline.makespan != second.makespan || timeline.busy != second.busy)
+            return what + "makespan " + std::to_string(timeline.makespan) + ", brute force " +
+                   std::to_string(second.makespan);
+        for (size_t r = 0; r < lists.size(); ++r)
+            for (size_t i = 0; i < lists[r].size(); ++i)
+                if (lists[r][i].kind == Kind::compute && timeline.spans[r][i].start != second.start[r][i])
+                    return what + op_name(lists[r][i]) + " starts at " + std::to_string(timeline.spans[r][i].start) +
+                           ", brute force " + std::to_string(second.start[r][i]);
+        ++counts[name].compared;
+    }
+    return "";
+}
+
+TEST(Schedules, RandomInstances) {
+    const unsigned from = seed();
+    std::map<std::string, Counts> total;
+    int all_uneven = 0;
+#pragma omp parallel
+    {
+        std::map<std::string, Counts> counts;
+        int uneven = 0;
+#pragma omp for schedule(dynamic)
+        for (int number = 0; number < 5000; ++number) {
+            const std::string problem = try_instance(from, number, counts, uneven);
+#pragma omp critical
+            if (!problem.empty()) ADD_FAILURE() << "instance " << number << ": " << problem;
+        }
+#pragma omp critical
+        {
+            all_uneven += uneven;
+            for (const auto& [name, c] : counts)
+                total[name].proven += c.proven, total[name].closed += c.closed, total[name].compared += c.compared;
+        }
+    }
+    EXPECT_EQ(all_uneven, 2500);
+    for (const auto& [name, c] : total)
+        std::printf("  %-12s %d plans proven; bubbles: %d equal to the closed form, %d to the brute force\n",
+                    name.c_str(), c.proven, c.closed, c.compared);
+}
+
+// Two folds, and blocks whose pre takes a quarter: bubble in units of the blocks' forward and backward.
+TEST(Helix, BubblesOfTwoFolds) {
+    const std::map<int, std::array<double, 2>> units = {{2, {1, 1}},   {3, {2.5, 2}}, {4, {4, 4.5}},
+                                                        {5, {6, 6.5}}, {6, {8, 8.5}}, {8, {12, 12.5}}};
+    for (const auto& [p, expected] : units)
+        for (int groups : {1, 3}) {
+            const ScheduleInput in{p, 2 * p, 2 * p * groups, 2};
+            const OpLists lists = lists_of("helix", in);
+            EXPECT_EQ(simulate(lists, in, Times{1, 16, 3}, no_time).bubble() / (3 * 4), expected[0]) << p;
+            EXPECT_EQ(simulate(lists, in, Times{1, 16, 3, true}, no_time).bubble() / (4 * 4), expected[0]) << p;
+            EXPECT_EQ(simulate(lists, in, Times{1, 1, 1}, no_time).bubble() / (3 * 2), expected[1]) << p;
+        }
+}
+
+// Groups do not chain everywhere if p does not divide L; a last group that is not full takes its offsets first.
+TEST(Helix, BubblesOfUnevenSizes) {
+    const Times times{1, 2, 1};
+    for (const auto& [groups, units] : std::map<int, double>{{1, 2}, {2, 3.5}, {4, 6.5}, {8, 12.5}}) {
+        const ScheduleInput in{4, 5, 4 * groups, 1};
+        EXPECT_EQ(simulate(lists_of("helix", in), in, times, no_time).bubble() / (3 * 2), units);
+    }
+    const ScheduleInput in{4, 8, 4, 2};
+    EXPECT_EQ(simulate(lists_of("helix", in), in, Times{1, 4, 1}, no_time).makespan, 162);
+}
+
+// Largest number of chunks that a rank has begun and not ended: from its first forward to its last backward or W.
+std::vector<int> chunks_alive(const OpLists& lists) {
+    std::vector<int> most;
+    for (const std::vector<Op>& list : lists) {
+        std::map<int, int> left;  // ops of each chunk
+        for (const Op& op : list)
+            if (op.kind == Kind::compute) ++left[op.chunk];
+        std::map<int, int> alive;
+        most.push_back(0);
+        for (const Op& op : list) {
+            if (op.kind != Kind::compute) continue;
+            alive[op.chunk] = --left[op.chunk];
+            if (left[op.chunk] == 0) alive.erase(op.chunk);
+            most.back() = std::max(most.back(), int(alive.size()));
+        }
+    }
+    return most;
+}
+
+TEST(Schedules, ChunksAlive) {
+    const ScheduleInput in{4, 8, 16};
+    EXPECT_EQ(chunks_alive(lists_of("gpipe", in)), (std::vector<int>{16, 16, 16, 16}));
+    EXPECT_EQ(chunks_alive(lists_of("1f1b", in)), (std::vector<int>{4, 3, 2, 1}));
+    EXPECT_EQ(chunks_alive(lists_of("zb-h1", in)), (std::vector<int>{4, 4, 4, 4}));
+    EXPECT_EQ(chunks_alive(lists_of("zb-h2", in)), (std::vector<int>{7, 7, 7, 7}));
+}
+
+TEST(Schedules, Refusals) {
+    const auto refused = [](const std::string& name, const ScheduleInput& in) {
+        return refusal(*find_schedule(name), in);
+    };
+    EXPECT_EQ(find_schedule("fifo"), nullptr);
+    EXPECT_EQ(refused("helix", {4, 3, 2, 2}), "");
+    EXPECT_NE(refused("helix", {4, 3, 2, 0}), "");
+    EXPECT_NE(refused("1f1b", {4, 3, 2, 2, 2}).find("--schedule interleaved"), std::string::npos);
+    ScheduleInput sliced{4, 4, 4};
+    sliced.sliced = true;
+    EXPECT_EQ(refused("gpipe", sliced), "");
+    EXPECT_NE(refused("zb-h1", sliced).find("--schedule gpipe"), std::string::npos);
+    sliced.ranks = 1;
+    EXPECT_EQ(refused("zb-h1", sliced), "");
+}
+
+// A plan of 64 ranks, 128 layers and 128 chunks: best of three.
+TEST(Simulate, IsFast) {
+    const ScheduleInput in{64, 128, 128, 2};
+    for (const char* name : {"1f1b", "helix"}) {
+        double best = 1e9;
+        for (int run = 0; run < 3; ++run) {
+            const auto start = std::chrono::steady_clock::now();
+            const Timeline timeline = simulate(lists_of(name, in), in, Times{1, 4, 3}, no_time);
+            best = std::min(
+                best, std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+            EXPECT_GT(timeline.makespan, 0);
+        }
+        std::printf("  %s: lists and simulation in %.0f ms (bound 100)\n", name, best);
+        EXPECT_LT(best, 100);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,125 @@
+// Proves the lists of all ranks before the first step:
+//
+//   - every op of the model runs exactly once; a part's parameters are on one rank, and its backward runs where its
+//     forward ran; gradients of weights that a B leaves out are added by one W after it;
+//   - every op has its input, from an op before it on its rank or from a message received before it;
+//   - every message has one send, after its contents are computed, one receive and one reader, and the n-th send of a
+//     rank to another carries what is expected there as the n-th receive;
+//   - no deadlock: under the rules of simulate.h all ops come to run.
+#pragma once
+
+#include "llmc/pipeline/simulate.h"
+
+// Sentences about what is wrong; none: the plan is right.
+inline std::vector<std::string> check_lists(const OpLists& lists, const ScheduleInput& in,
+                                            Waiting waiting = Waiting::message) {
+    struct Place {
+        int rank = -1, op = -1;
+        bool before(int r, int i) const { return rank == r && op < i; }
+    };
+    const Chain chain{in.layers, in.training};
+    const int ranks = int(lists.size()), length = chain.length();
+    const auto index = [&](const Op& op) { return size_t(op.chunk) * size_t(length) + size_t(chain.position(op)); };
+    const auto at = [&](Place p) -> const Op& { return lists[size_t(p.rank)][size_t(p.op)]; };
+    const auto rank_name = [](int r) { return "rank " + std::to_string(r); };
+
+    std::vector<std::string> problems;
+    const auto problem = [&](int r, const Op& op, const std::string& what) {
+        problems.push_back(rank_name(r) + ": " + op_name(op) + " " + what);
+    };
+    const auto each = [&](auto function) {
+        for (int r = 0; r < ranks; ++r)
+            for (int i = 0; i < int(lists[size_t(r)].size()); ++i) function(r, i, lists[size_t(r)][size_t(i)]);
+    };
+
+    // Form. What follows relies on it.
+    std::vector<int> last_batch(lists.size(), -1);  // of each rank
+    each([&](int r, int i, const Op& op) {
+        if (chain.position(op) < 0 || op.chunk < 0 || op.chunk >= in.chunks)
+            return problem(r, op, "is not in the model");
+        if (op.kind == Kind::compute) return;
+        const bool first = i == 0 || lists[size_t(r)][size_t(i) - 1].batch != op.batch;
+        if (op.peer < 0 || op.peer >= ranks || op.peer == r) problem(r, op, "has no other rank as its peer");
+        if (op.pass == Pass::W || op.split) problem(r, op, "is no message: gradients of weights stay where they are");
+        if (op.batch < 0 || op.batch < last_batch[size_t(r)] + first)
+            problem(r, op, "is in no batch, or in one that is not posted in one piece");
+        else last_batch[size_t(r)] = op.batch;
+    });
+    if (!problems.empty()) return problems;
+
+    // Every op once, and where it belongs.
+    std::vector<Place> ran(size_t(in.chunks) * size_t(length)), weights(ran.size()), sent(ran.size()),
+        received(ran.size());
+    std::vector<int> home(size_t(length), -1);  // [forward position] rank of the parameters
+    each([&](int r, int i, const Op& op) {
+        const bool message = op.kind != Kind::compute;
+        std::vector<Place>& places = message              ? (op.kind == Kind::send ? sent : received)
+                                     : op.pass == Pass::W ? weights
+                                                          : ran;
+        Place& place = places[index(op)];
+        if (place.rank >= 0) return problem(r, op, "is listed twice, first on " + rank_name(place.rank));
+        place = {r, i};
+        if (message || op.part == Part::attention) return;
+        const int position = chain.position(op);
+        int& owner = home[size_t(std::min(position, 2 * chain.head() - position))];
+        if (owner >= 0 && owner != r) problem(r, op, "runs apart from its parameters on " + rank_name(owner));
+        owner = r;
+    });
+    for (int c = 0; c < in.chunks; ++c)
+        for (int n = 0; n < length; ++n) {
+            const size_t k = size_t(c) * size_t(length) + size_t(n);
+            if (ran[k].rank < 0) {
+                problems.push_back("no rank runs " + op_name(chain.op(n, c)));
+                continue;
+            }
+            const Op& op = at(ran[k]);
+            const int r = ran[k].rank;
+            if (op.part == Part::attention && op.pass == Pass::B && ran[k - size_t(2 * (n - chain.head()))].rank != r)
+                problem(r, op, "runs apart from its forward");
+            if (op.split != (weights[k].rank >= 0))
+                problem(r, op,
+                        op.split ? "leaves out the gradients of its weights, and no W adds them"
+                                 : "has added the gradients of its weights, and a W adds them again");
+            else if (op.split && (weights[k].rank != r || weights[k].op < ran[k].op))
+                problem(weights[k].rank, at(weights[k]), "does not come after its backward on that rank");
+        }
+    if (!problems.empty()) return problems;
+
+    // Inputs and messages.
+    std::vector<bool> read(ran.size());
+    each([&](int r, int i, const Op& op) {
+        const size_t k = index(op);
+        if (op.kind == Kind::send) {
+            if (!ran[k].before(r, i)) problem(r, op, "is posted before its contents are computed there");
+            if (received[k].rank != op.peer || at(received[k]).peer != r) problem(r, op, "has no receive at its peer");
+        } else if (op.kind == Kind::receive) {
+            if (sent[k].rank != op.peer || at(sent[k]).peer != r) problem(r, op, "has no send at its peer");
+        } else if (op.pass != Pass::W && chain.position(op) > 0) {
+            if (received[k - 1].before(r, i)) read[k - 1] = true;
+            else if (!ran[k - 1].before(r, i))
+                problem(r, op,
+                        "lacks its input: " + op_name(at(ran[k - 1])) + " runs on " + rank_name(ran[k - 1].rank) +
+                            ", and nothing brings its result in time");
+        }
+    });
+    each([&](int r, int, const Op& op) {
+        if (op.kind == Kind::receive && !read[index(op)]) problem(r, op, "is read by no op after it");
+    });
+    if (!problems.empty()) return problems;
+
+    const std::vector<std::vector<int>> links = link_ops(lists, in);
+    each([&](int r, int i, const Op& op) {
+        if (op.kind != Kind::receive) return;
+        const Op& other = at({op.peer, links[size_t(r)][size_t(i)]});
+        if (index(other) != index(op))
+            problem(r, op, "meets the " + op_name(other) + ": the two ranks differ in their order");
+    });
+    if (!problems.empty()) return problems;
+
+    const auto zero = [](const Op&) { return 0.0; };
+    const std::vector<size_t> stopped = simulate(lists, in, zero, zero, waiting).stopped;
+    for (int r = 0; r < ranks; ++r)
+        if (const std::vector<Op>& list = lists[size_t(r)]; stopped[size_t(r)] < list.size())
+            problem(r, list[stopped[size_t(r)]], "waits for ever: a deadlock");
+    return problems;
+}
