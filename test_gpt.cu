@@ -34,8 +34,7 @@ void write_tensors(const std::string& path, const NamedTensors& tensors) {
 // Files hold the V rows of the vocabulary, the flat buffers padded ones.
 std::vector<int64_t> shape_in_file(const Parameter& p, const GptConfig& g) {
     if (!p.decay) return {p.cols};
-    const bool padded = p.name == "wte.weight" || p.name == "lm_head.weight";
-    return {padded ? g.vocab : p.rows, p.cols};
+    return {used_rows(p, g), p.cols};
 }
 
 void read_parameters(const Rank& rank, const SafetensorsReader& file, const std::string& prefix, floatS* flat) {

@@ -29,8 +29,8 @@ struct StoredForm {
 inline StoredForm stored_form(const GptConfig& model, const Parameter& p) {
     const bool matrix = p.decay;
     if (!matrix) return {p.name, {p.cols}, false};
-    if (p.name == "wte.weight" || p.name == "lm_head.weight") return {p.name, {model.vocab, p.cols}, false};
-    if (p.name == "wpe.weight") return {p.name, {p.rows, p.cols}, false};
+    for (Part end : {Part::embed, Part::head})
+        if (p.part == end) return {p.name, {used_rows(p, model), p.cols}, false};
     return {p.name, {p.cols, p.rows}, true};
 }
 

@@ -92,13 +92,18 @@ inline int64_t parameter_count(const GptConfig& g) {
     return count - (g.padded_vocab - g.vocab) * g.channels * (g.tied ? 1 : 2);
 }
 
+// Rows that are not padding: the embedding and the head have one for each token of the vocabulary.
+inline int64_t used_rows(const Parameter& p, const GptConfig& g) {
+    return p.name == "wte.weight" || p.name == "lm_head.weight" ? g.vocab : p.rows;
+}
+
 // Initial values depend on seed, tensor and element alone, so that every layout starts from the same model. Rows of the
 // embedding beyond the vocabulary are padding and stay zero.
 inline void initialize_parameters(floatS* values, const GptConfig& g, uint64_t seed) {
     const std::vector<Parameter> table = parameter_table(g);
     for (size_t t = 0; t < table.size(); ++t) {
         const Parameter& p = table[t];
-        const int64_t used = p.rows == g.padded_vocab && p.cols == g.channels ? g.vocab * p.cols : p.size();
+        const int64_t used = used_rows(p, g) * p.cols;
 #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < p.size(); ++i) {
             const floatS noise = p.stddev != 0 && i < used ? p.stddev * normal(seed, t, uint64_t(i)) : 0;
