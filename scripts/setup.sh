@@ -32,6 +32,7 @@ python3-venv         /usr/lib/python3.11/ensurepip                     environme
 END
     [ "$set_name" = testing ] && return
     cat <<'END'
+libopenblas0-pthread /usr/lib/x86_64-linux-gnu/openblas-pthread          matrix products of Debian's PyTorch at full speed
 python3-dev          include:python3.11/Python.h                       torch.compile builds against Python's headers
 END
 }
