@@ -237,24 +237,22 @@ LoaderOptions loader_options(const Config& c, const Tokenizer& tokenizer, bool s
 void check_memory(const Config& c, const MemoryPlan& plan) {
     const int64_t available = c.compute.memory ? c.compute.memory : available_memory();
     if (plan.total() <= available) return;
-    std::string advice;
-    const auto total_with = [&](const char* recompute, int64_t chunk_tokens, int64_t head_chunk) {
-        Config smaller = c;
-        smaller.compute.recompute = recompute;
-        smaller.data.chunk_tokens = chunk_tokens;
-        smaller.compute.head_chunk = head_chunk;
-        return plan_memory(rank_options(smaller, true)).total();
-    };
-    for (int64_t chunk = c.data.chunk_tokens; chunk >= 1 && advice.empty(); chunk /= 2)
-        for (const char* recompute : {"none", "without-attention", "full"})
-            if (total_with(recompute, chunk, std::min<int64_t>(chunk, 128)) <= available) {
-                advice = "--recompute " + std::string(recompute) + " --chunk-tokens " + std::to_string(chunk) + " --head-chunk " +
-                         std::to_string(std::min<int64_t>(chunk, 128)) + " fits";
-                break;
-            }
-    if (advice.empty())
-        advice = "with one token at a time it would still be " + bytes_text(total_with("full", 1, 1)) +
-                 ": choose a smaller model, or fewer --threads";
+    const int64_t fixed = plan.weights + plan.master + plan.gradients + plan.moments;
+    const int64_t least_chunk = std::min<int64_t>(128, c.data.chunk_tokens);
+    std::string advice;  // the first of ever smaller layouts that fits
+    for (int64_t chunk = c.data.chunk_tokens; fixed < available && chunk >= least_chunk && advice.empty(); chunk /= 2)
+        for (const char* recompute : {"none", "without-attention", "full"}) {
+            Config smaller = c;
+            smaller.compute.recompute = recompute;
+            smaller.data.chunk_tokens = chunk;
+            smaller.compute.head_chunk = std::min<int64_t>(chunk, 128);
+            if (!advice.empty() || plan_memory(rank_options(smaller, true)).total() > available) continue;
+            advice = "--recompute " + std::string(recompute) + " --chunk-tokens " + std::to_string(chunk) + " --head-chunk " +
+                     std::to_string(smaller.compute.head_chunk) + " fits";
+        }
+    if (advice.empty() && fixed >= available)
+        advice = "weights, gradients and moments alone take " + bytes_text(fixed) + ": choose a smaller model";
+    if (advice.empty()) advice = "chunks of 128 tokens do not fit, either: choose a smaller model or fewer --threads";
     throw Failure(EXIT_MEMORY, "the plan takes " + bytes_text(plan.total()) + ", " + bytes_text(available) + " are available; " + advice);
 }
 

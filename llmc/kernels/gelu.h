@@ -16,9 +16,7 @@
 constexpr double GELU_SCALE = 0.79788456080286535588;  // sqrt(2/pi)
 constexpr double GELU_CUBIC = 0.044715;
 
-inline double gelu_value(double x) {
-    return 0.5 * x * (1 + std::tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x)));
-}
+inline double gelu_value(double x) { return 0.5 * x * (1 + std::tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x))); }
 
 inline double gelu_gradient(double x) {
     const double t = std::tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x));

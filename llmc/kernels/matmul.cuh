@@ -4,16 +4,18 @@
 // All three are  out(i, j) = sum over k of left(i, k) right(j, k)  with operands that are contiguous either in k or in
 // their rows. A thread owns a rectangle of the result and works on it in blocks (no sharing, no barriers):
 //
-//                     NC columns             for each NC columns of its rectangle            right: KC x NC packed, L2
-//                  +------+------+             for each MC rows                              sums: MC x NC in fp32, L2
-//          k -->   | NR NR NR NR |               for each KC of the depth
-//        +-------+ +------+------+                 for each panel of NR columns              KC x NR in L1
-//     MC |  MR   | | MR x NR tile|                   for each panel of MR rows               MR x KC from L2
+//                     NC columns             for each NC columns of its rectangle
+//                  +-------------+             for each MC rows
+//          k -->   | NR NR NR NR |               for each KC of the depth     pack the right block, KC x NC, for L2
+//        +-------+ +-------------+                 for each panel of MR rows             MR x KC, in place, from L1
+//     MC |  MR   | | MR x NR tile|                   for each panel of NR columns        KC x NR, packed, from L2
 //        |  MR   | | in registers|                     multiply, and at the last KC finish
-//        +-------+ +------+------+
+//        +-------+ +-------------+
 //
-// Each sum runs over k in ascending order, one element after the other (pairs and groups of 32 for bf16), whatever the
-// blocks and whoever computes it: the bits do not depend on the thread count.
+// The left operand is read where it lies when the instructions can (fp32 always; bf16 when contiguous in k), so that in
+// the forward product only weights are packed, once for all tokens.
+// Each sum runs over k in ascending order, KC at a time, wherever in the result it stands and whoever computes it: the
+// bits do not depend on the thread count.
 #pragma once
 
 #include <algorithm>
@@ -46,9 +48,9 @@ void multiply_reference(const Device& device, Operand<T> left, Operand<T> right,
 // ---------------------------------------------------------------------------------------------------------------------
 // The blocked form.
 
-constexpr int64_t MATMUL_LEFT_BYTES = 1 << 20;      // packed left block, MC x KC
-constexpr int64_t MATMUL_RIGHT_BYTES = 4 << 20;     // packed right block, the whole depth x NC if it fits, else KC x NC
-constexpr int64_t MATMUL_SUM_BYTES = 1536 << 10;    // MC x NC sums
+constexpr int64_t MATMUL_LEFT_BYTES = 1 << 20;    // packed left block, MC x KC
+constexpr int64_t MATMUL_RIGHT_BYTES = 4 << 20;   // packed right block, the whole depth x NC if it fits, else KC x NC
+constexpr int64_t MATMUL_SUM_BYTES = 1536 << 10;  // MC x NC sums
 constexpr int64_t MATMUL_THREAD_BYTES = MATMUL_LEFT_BYTES + MATMUL_RIGHT_BYTES + MATMUL_SUM_BYTES + 16 * 1024;
 
 inline size_t matmul_scratch_bytes(int threads) { return size_t(threads) * MATMUL_THREAD_BYTES; }
@@ -59,11 +61,33 @@ inline std::pair<int64_t, int64_t> matmul_share(int64_t size, int64_t unit, int6
     return {std::min(size, units * index / count * unit), std::min(size, units * (index + 1) / count * unit)};
 }
 
+// Fetches a block of an operand into L2, a few lines at a time while the block before it is being multiplied: its rows
+// are short and far apart, which the hardware does not foresee.
+struct FetchAhead {
+    const char* row = nullptr;
+    int64_t rows = 0, row_bytes = 0, stride_bytes = 0, byte = 0;
+
+    template <class T>
+    FetchAhead(Operand<T> block, int64_t r_count, int64_t k_count)
+        : row(reinterpret_cast<const char*>(block.data)),
+          rows(block.k_contiguous ? r_count : k_count),
+          row_bytes((block.k_contiguous ? k_count : r_count) * sizeof(T)),
+          stride_bytes(block.stride * sizeof(T)) {}
+    int64_t lines() const { return rows * ceil_div(row_bytes, 64); }
+    void fetch(int64_t lines) {
+        for (; lines > 0 && rows > 0; lines--) {
+            _mm_prefetch(row + byte, _MM_HINT_T1);
+            byte += 64;
+            if (byte >= row_bytes) byte = 0, row += stride_bytes, rows--;
+        }
+    }
+};
+
 // One thread's rectangle of the result: rows [row_begin, row_end) and columns [col_begin, col_end).
 template <class T, class Out>
 void multiply_rectangle(std::byte* scratch, const MicroKernel<T, Out>& kernel, Operand<T> left, Operand<T> right,
-                        int64_t depth, const Epilogue<T, Out>& e, int64_t row_begin, int64_t row_end,
-                        int64_t col_begin, int64_t col_end) {
+                        int64_t depth, const Epilogue<T, Out>& e, int64_t row_begin, int64_t row_end, int64_t col_begin,
+                        int64_t col_end) {
     const int64_t mr = kernel.mr, nr = kernel.nr, group = kernel.group, element_bytes = kernel.element_bytes;
     std::byte* left_block = scratch;
     std::byte* right_block = left_block + MATMUL_LEFT_BYTES;
@@ -71,12 +95,15 @@ void multiply_rectangle(std::byte* scratch, const MicroKernel<T, Out>& kernel, O
 
     // Keep the right operand packed for the whole depth if that leaves enough columns; if not, take blocks of many rows
     // so that it is packed seldom.
-    const int64_t kc = kernel.kc, whole_depth = round_up(depth, kc);
-    int64_t nc = kernel.nc, mc = kernel.mc / mr * mr;
-    const int64_t nc_kept = MATMUL_RIGHT_BYTES / (whole_depth * element_bytes) / nr * nr;
-    const bool keep_right = nc_kept >= nc / 2;
-    if (keep_right) nc = std::min(nc, nc_kept);
-    else mc = std::min(MATMUL_SUM_BYTES / 4 / nc, MATMUL_LEFT_BYTES / (kc * element_bytes)) / mr * mr;
+    const int64_t kc = kernel.kc;
+    const int64_t nc_kept = MATMUL_RIGHT_BYTES / (round_up(depth, kc) * element_bytes) / nr * nr;
+    const bool keep_right = nc_kept >= kernel.nc / 2;
+    const int64_t mc_most = std::min(MATMUL_SUM_BYTES / 4 / kernel.nc, MATMUL_LEFT_BYTES / (kc * element_bytes));
+    const auto even_block = [](int64_t size, int64_t most, int64_t unit) {  // cuts size into nearly equal blocks
+        return round_up(ceil_div(size, ceil_div(size, most / unit * unit)), unit);
+    };
+    const int64_t nc = even_block(col_end - col_begin, keep_right ? std::min(kernel.nc, nc_kept) : kernel.nc, nr);
+    const int64_t mc = even_block(row_end - row_begin, keep_right ? kernel.mc : mc_most, mr);
 
     for (int64_t jc = col_begin; jc < col_end; jc += nc)
         for (int64_t ic = row_begin; ic < row_end; ic += mc)
@@ -89,22 +116,31 @@ void multiply_rectangle(std::byte* scratch, const MicroKernel<T, Out>& kernel, O
                 if (ic == row_begin || !keep_right) kernel.pack_right(right_panels, right.from(jc, k), cols, length);
                 const Operand<T> left_source = left.from(ic, k);
                 if (e.left_sums && jc == 0) kernel.add_sums(e.left_sums + ic, left_source, rows, length);
-                const bool in_place = kernel.left_in_place && left.k_contiguous && length == padded;
+                const bool in_place = kernel.left_in_place && (left.k_contiguous || group == 1) && length == padded;
                 const int64_t packed_from = in_place ? rows / mr * mr : 0;
                 if (packed_from < rows)
                     kernel.pack_left(left_block, left_source.from(packed_from, 0), rows - packed_from, length);
 
-                for (int64_t j = 0; j < cols; j += nr)
-                    for (int64_t i = 0; i < rows; i += mr) {
+                const int64_t next_k = last ? 0 : k + kc, next_row = last ? ic + mc : ic;
+                FetchAhead ahead(left.from(next_row, next_k), std::min(mc, row_end - next_row),
+                                 std::min(kc, depth - next_k));
+                const int64_t share =
+                    ahead.rows > 0 ? ceil_div(ahead.lines(), ceil_div(rows, mr) * ceil_div(cols, nr)) : 0;
+
+                for (int64_t i = 0; i < rows; i += mr)
+                    for (int64_t j = 0; j < cols; j += nr) {
+                        ahead.fetch(share);
                         const LeftPanel panel =
                             i < packed_from
-                                ? LeftPanel{left_source.at(i, 0), left.stride * element_bytes, group * element_bytes}
+                                ? LeftPanel{left_source.at(i, 0), element_bytes * (left.k_contiguous ? left.stride : 1),
+                                            element_bytes * (left.k_contiguous ? group : left.stride)}
                                 : LeftPanel{left_block + (i - packed_from) * padded * element_bytes, kernel.row_bytes,
                                             kernel.step_bytes};
-                        float* tile = first && last ? sums : sums + j * round_up(rows, mr) + i * nr;
+                        float* tile = first && last ? sums : sums + i * round_up(cols, nr) + j * mr;
+                        const int64_t tile_rows = std::min(mr, rows - i), tile_cols = std::min(nr, cols - j);
+                        if (last) prefetch_tile(e, ic + i, jc + j, tile_rows, tile_cols);
                         kernel.multiply(padded, panel, right_panels + j * padded * element_bytes, tile, !first);
-                        if (last)
-                            kernel.finish(e, tile, ic + i, jc + j, std::min(mr, rows - i), std::min(nr, cols - j));
+                        if (last) kernel.finish(e, tile, ic + i, jc + j, tile_rows, tile_cols);
                     }
             }
 }
@@ -117,6 +153,7 @@ void multiply(const Device& device, Operand<T> left, Operand<T> right, int64_t d
         multiply_reference(device, left, right, depth, e);
     } else {
         const MicroKernel<T, Out> kernel = micro_kernel<T, Out>(isa);
+        const bool uses_amx = isa == Isa::amx && std::is_same_v<T, bf16>;
         std::byte* scratch = device.scratch_as<std::byte>(matmul_scratch_bytes(device.threads));
         // The grid of threads over the result that reads the operands least often.
         int down = 1;
@@ -129,10 +166,11 @@ void multiply(const Device& device, Operand<T> left, Operand<T> right, int64_t d
         for (int t = 0; t < device.threads; t++) {
             const auto [row_begin, row_end] = matmul_share(e.out.rows, kernel.mr, t / across, down);
             const auto [col_begin, col_end] = matmul_share(e.out.cols, kernel.nr, t % across, across);
-            if (isa == Isa::amx) amx_begin();
+            if (row_begin == row_end || col_begin == col_end) continue;
+            if (uses_amx) amx_begin();
             multiply_rectangle(scratch + t * MATMUL_THREAD_BYTES, kernel, left, right, depth, e, row_begin, row_end,
                                col_begin, col_end);
-            if (isa == Isa::amx) amx_end();
+            if (uses_amx) amx_end();
         }
     }
 }

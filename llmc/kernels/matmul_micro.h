@@ -30,8 +30,12 @@
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")))
 #define TARGET_AMX __attribute__((target("amx-tile,amx-bf16")))
 
+template <class T>
+using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 // A matrix product's operand: element (r, k) lies at data[r * stride + k] when k_contiguous, else data[k * stride + r].
-template <class T> struct Operand {
+template <class T>
+struct Operand {
     const T* data;
     int64_t stride;
     bool k_contiguous;
@@ -40,12 +44,11 @@ template <class T> struct Operand {
     Operand from(int64_t r, int64_t k) const { return {at(r, k), stride, k_contiguous}; }
 };
 
-template <class T> using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 enum class Activation { none, gelu };
 
 // What happens to a tile of finished sums on its way to memory. T is the type of the operands, Out that of the result.
-template <class T, class Out> struct Epilogue {
+template <class T, class Out>
+struct Epilogue {
     Matrix<Out> out;
     bool accumulate = false;                   // out += sums instead of out = sums
     const T* bias = nullptr;                   // [out.cols], added first
@@ -60,14 +63,13 @@ template <class T, class Out> struct Epilogue {
 // that is contiguous in k is walked panel by panel; one that is contiguous in its rows, step by step across all panels,
 // so that memory is read in runs.
 
-// The plain loop; Group is the number of neighbours in k kept side by side.
-template <int R, int Group, class T, class P>
-inline void pack_plain(P* panels, Operand<T> source, int64_t rows, int64_t depth) {
-    for (int64_t r0 = 0; r0 < rows; r0 += R, panels += R * round_up(depth, Group))
-        for (int64_t k = 0; k < round_up(depth, Group); k++)
-            for (int64_t r = 0; r < R; r++)
-                panels[k / Group * R * Group + r * Group + k % Group] =
-                    k < depth ? P(*source.at(std::min(r0 + r, rows - 1), k)) : P(0);
+// The plain loop.
+template <int R, class T>
+void pack_floats_avx2(void* panels, Operand<T> source, int64_t rows, int64_t depth) {
+    float* out = static_cast<float*>(panels);
+    for (int64_t r0 = 0; r0 < rows; r0 += R)
+        for (int64_t k = 0; k < depth; k++)
+            for (int64_t r = r0; r < r0 + R; r++) *out++ = *source.at(std::min(r, rows - 1), k);
 }
 
 // 16 x 16 transposition of 32-bit elements, in two rounds within 128-bit lanes and two across them.
@@ -113,7 +115,8 @@ TARGET_AVX512 inline __m512i load_floats(const bf16* p, int64_t n) {
 
 // A run of a k-contiguous source is too short for the hardware to see sixteen streams in it, so the rows of the next
 // sixteen are fetched ahead.
-template <class T> inline void prefetch_rows(const Operand<T>& source, int64_t r, int64_t k, int64_t rows) {
+template <class T>
+inline void prefetch_rows(const Operand<T>& source, int64_t r, int64_t k, int64_t rows) {
     for (int64_t i = r; i < std::min(r + 16, rows); i++) _mm_prefetch(source.at(i, k), _MM_HINT_T0);
 }
 
@@ -190,8 +193,9 @@ TARGET_AVX512 inline void pack_tiles_amx(void* panels, Operand<bf16> source, int
             bf16* out = static_cast<bf16*>(panels) + r0 * padded + k * 32;
             if (source.k_contiguous) {
                 for (int r = 0; r < 32; r++)
-                    _mm512_storeu_si512(out + r * 32, _mm512_maskz_loadu_epi16(low_bits(depth - k),
-                                                                               source.at(std::min(r0 + r, rows - 1), k)));
+                    _mm512_storeu_si512(
+                        out + r * 32,
+                        _mm512_maskz_loadu_epi16(low_bits(depth - k), source.at(std::min(r0 + r, rows - 1), k)));
                 continue;
             }
             __m512i v[2][16];
@@ -203,18 +207,25 @@ TARGET_AVX512 inline void pack_tiles_amx(void* panels, Operand<bf16> source, int
         }
 }
 
-// sums[r] += sum over k of source(r, k), for a source whose rows are contiguous: the bias gradient.
-template <class T> void add_sums_avx2(float* sums, Operand<T> source, int64_t rows, int64_t depth) {
+// sums[r] += sum over k of source(r, k), for a source whose rows are contiguous: the bias gradient. Every step is a
+// jump in memory, so lines are fetched ahead.
+template <class T>
+void add_sums_avx2(float* sums, Operand<T> source, int64_t rows, int64_t depth) {
     for (int64_t k = 0; k < depth; k++)
         for (int64_t r = 0; r < rows; r++) sums[r] += float(*source.at(r, k));
 }
-template <class T> TARGET_AVX512 void add_sums_avx512(float* sums, Operand<T> source, int64_t rows, int64_t depth) {
-    for (int64_t r = 0; r < rows; r += 64) {
-        __m512 part[4] = {};
-        for (int64_t k = 0; k < depth; k++)
-            for (int i = 0; i < 4; i++)
+template <class T>
+TARGET_AVX512 void add_sums_avx512(float* sums, Operand<T> source, int64_t rows, int64_t depth) {
+    for (int64_t r = 0; r < rows; r += 128) {
+        __m512 part[8] = {};
+        for (int64_t k = 0; k < depth; k++) {
+            for (int64_t i = 0; i < 128; i += 64 / int64_t(sizeof(T)))
+                _mm_prefetch(source.data + (k + 16) * source.stride + r + i, _MM_HINT_T0);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++)
                 part[i] = _mm512_add_ps(part[i], (__m512)load_floats(source.at(r + 16 * i, k), rows - r - 16 * i));
-        for (int i = 0; i < 4; i++) {
+        }
+        for (int i = 0; i < 8; i++) {
             const __mmask16 mask = __mmask16(low_bits(rows - r - 16 * i));
             float* p = sums + r + 16 * i;
             _mm512_mask_storeu_ps(p, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, p), part[i]));
@@ -223,16 +234,18 @@ template <class T> TARGET_AVX512 void add_sums_avx512(float* sums, Operand<T> so
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Multiplication: tile [MR, NR] (+)= left panel [MR, depth] x right panel [depth, NR], sums kept in registers.
+// Multiplication: tile [MR, NR] (+)= left panel [MR, depth] x right panel [depth, NR], sums kept in registers. Vector
+// kernels start each block of the depth at zero, which keeps rounding small over tens of thousands of tokens.
 
-// Element (i, step) of the left panel lies at data + i * row_bytes + step * step_bytes, packed or in place; a step is as
-// much depth as one instruction takes: 1, 2 (pairs) or 32 (AMX) elements.
+// Element (i, step) of the left panel lies at data + i * row_bytes + step * step_bytes, packed or in place; a step is
+// as much depth as one instruction takes: 1, 2 (pairs) or 32 (AMX) elements.
 struct LeftPanel {
     const void* data;
     int64_t row_bytes, step_bytes;
 };
 
-template <class V> inline V load_left(const LeftPanel& left, const char* a0, const char* a3, int i) {
+template <class V>
+inline V load_left(const LeftPanel& left, const char* a0, const char* a3, int i) {
     V value;
     std::memcpy(&value, i < 3 ? a0 + i * left.row_bytes : a3 + (i - 3) * left.row_bytes, sizeof(V));
     return value;
@@ -245,7 +258,7 @@ inline void multiply_avx2(int64_t depth, const LeftPanel& left, const void* righ
 #pragma GCC unroll 6
     for (int i = 0; i < 6; i++)
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) sum[i][j] = accumulate ? _mm256_loadu_ps(tile + i * 16 + j * 8) : _mm256_setzero_ps();
+        for (int j = 0; j < 2; j++) sum[i][j] = _mm256_setzero_ps();
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; k += 1, a0 += left.step_bytes, a3 += left.step_bytes, b += 16) {
         const __m256 bk[2] = {_mm256_loadu_ps(b), _mm256_loadu_ps(b + 8)};
@@ -259,20 +272,25 @@ inline void multiply_avx2(int64_t depth, const LeftPanel& left, const void* righ
 #pragma GCC unroll 6
     for (int i = 0; i < 6; i++)
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) _mm256_storeu_ps(tile + i * 16 + j * 8, sum[i][j]);
+        for (int j = 0; j < 2; j++) {
+            float* p = tile + i * 16 + j * 8;
+            _mm256_storeu_ps(p, accumulate ? _mm256_add_ps(sum[i][j], _mm256_loadu_ps(p)) : sum[i][j]);
+        }
 }
 
-TARGET_AVX512 inline void multiply_avx512(int64_t depth, const LeftPanel& left, const void* right, float* tile, bool accumulate) {
+TARGET_AVX512 inline void multiply_avx512(int64_t depth, const LeftPanel& left, const void* right, float* tile,
+                                          bool accumulate) {
     const char *a0 = static_cast<const char*>(left.data), *a3 = a0 + 3 * left.row_bytes;
     const float* b = static_cast<const float*>(right);
     __m512 sum[6][4];
 #pragma GCC unroll 6
     for (int i = 0; i < 6; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) sum[i][j] = accumulate ? _mm512_loadu_ps(tile + i * 64 + j * 16) : _mm512_setzero_ps();
+        for (int j = 0; j < 4; j++) sum[i][j] = _mm512_setzero_ps();
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; k += 1, a0 += left.step_bytes, a3 += left.step_bytes, b += 64) {
-        const __m512 bk[4] = {_mm512_loadu_ps(b), _mm512_loadu_ps(b + 16), _mm512_loadu_ps(b + 32), _mm512_loadu_ps(b + 48)};
+        const __m512 bk[4] = {_mm512_loadu_ps(b), _mm512_loadu_ps(b + 16), _mm512_loadu_ps(b + 32),
+                              _mm512_loadu_ps(b + 48)};
 #pragma GCC unroll 6
         for (int i = 0; i < 6; i++) {
             const __m512 ai = _mm512_set1_ps(load_left<float>(left, a0, a3, i));
@@ -283,17 +301,21 @@ TARGET_AVX512 inline void multiply_avx512(int64_t depth, const LeftPanel& left, 
 #pragma GCC unroll 6
     for (int i = 0; i < 6; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) _mm512_storeu_ps(tile + i * 64 + j * 16, sum[i][j]);
+        for (int j = 0; j < 4; j++) {
+            float* p = tile + i * 64 + j * 16;
+            _mm512_storeu_ps(p, accumulate ? _mm512_add_ps(sum[i][j], _mm512_loadu_ps(p)) : sum[i][j]);
+        }
 }
 
-TARGET_AVX512_BF16 inline void multiply_avx512_bf16(int64_t depth, const LeftPanel& left, const void* right, float* tile, bool accumulate) {
+TARGET_AVX512_BF16 inline void multiply_avx512_bf16(int64_t depth, const LeftPanel& left, const void* right,
+                                                    float* tile, bool accumulate) {
     const char *a0 = static_cast<const char*>(left.data), *a3 = a0 + 3 * left.row_bytes;
     const int32_t* b = static_cast<const int32_t*>(right);
     __m512 sum[6][4];
 #pragma GCC unroll 6
     for (int i = 0; i < 6; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) sum[i][j] = accumulate ? _mm512_loadu_ps(tile + i * 64 + j * 16) : _mm512_setzero_ps();
+        for (int j = 0; j < 4; j++) sum[i][j] = _mm512_setzero_ps();
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; k += 2, a0 += left.step_bytes, a3 += left.step_bytes, b += 64) {
         __m512bh bk[4];
@@ -309,11 +331,15 @@ TARGET_AVX512_BF16 inline void multiply_avx512_bf16(int64_t depth, const LeftPan
 #pragma GCC unroll 6
     for (int i = 0; i < 6; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) _mm512_storeu_ps(tile + i * 64 + j * 16, sum[i][j]);
+        for (int j = 0; j < 4; j++) {
+            float* p = tile + i * 64 + j * 16;
+            _mm512_storeu_ps(p, accumulate ? _mm512_add_ps(sum[i][j], _mm512_loadu_ps(p)) : sum[i][j]);
+        }
 }
 
 // Eight tile registers: 0..3 the 2 x 2 sums [16, 16], 4..5 the left [16, 32], 6..7 the right [32, 16] as pairs.
-TARGET_AMX inline void multiply_amx(int64_t depth, const LeftPanel& left, const void* right, float* tile, bool accumulate) {
+TARGET_AMX inline void multiply_amx(int64_t depth, const LeftPanel& left, const void* right, float* tile,
+                                    bool accumulate) {
     const char* a = static_cast<const char*>(left.data);
     const char* b = static_cast<const char*>(right);
     if (accumulate) {
@@ -357,8 +383,23 @@ TARGET_AMX inline void amx_end() { _tile_release(); }
 // Finishing: the sums of a tile, rows NR apart, become rows x cols elements of the result at (row, col). Written as
 // plain loops which the compiler vectorises for the width of the function they are inlined into.
 
+// Asks for the lines that a tile will be written to (and its gelu_input) while its last products are being summed.
+template <class T, class Out>
+inline void prefetch_tile(const Epilogue<T, Out>& e, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+    const auto lines = [&](auto matrix) {
+        if (matrix.data)
+            for (int64_t i = row; i < row + rows; i++)
+                for (int64_t j = col; j < col + cols; j += 64 / int64_t(sizeof(*matrix.data)))
+                    _mm_prefetch(matrix.row(i) + j, _MM_HINT_T0);
+    };
+    lines(e.out);
+    lines(e.pre_activation);
+    lines(e.gelu_input);
+}
+
 struct PlainStore {
-    template <class To> [[gnu::always_inline]] static void store(To* to, const float* from, int64_t n) {
+    template <class To>
+    [[gnu::always_inline]] static void store(To* to, const float* from, int64_t n) {
         for (int64_t j = 0; j < n; j++) to[j] = from[j];
     }
 };
@@ -421,27 +462,28 @@ TARGET_AVX512_BF16 void finish_bf16(const Epilogue<T, Out>& e, float* tile, int6
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The functions of one instruction set, and the shapes they work in.
-template <class T, class Out> struct MicroKernel {
-    int64_t mr, nr;         // tile of sums
-    int64_t mc, nc, kc;     // blocks: rows, columns, depth
-    int64_t group;          // panels pad the depth to a multiple of this; one step of a left panel
-    int64_t element_bytes;  // of a packed element
-    bool left_in_place;     // reads a k-contiguous left operand where it lies, whole panels and steps at a time
-    int64_t row_bytes, step_bytes;  // of packed left panels
-    void (*pack_left)(void* panel, Operand<T> source, int64_t rows, int64_t depth);
-    void (*pack_right)(void* panel, Operand<T> source, int64_t rows, int64_t depth);
-    void (*add_sums)(float* sums, Operand<T> source, int64_t rows, int64_t depth);
-    void (*multiply)(int64_t depth, const LeftPanel& left, const void* right, float* tile, bool accumulate);
-    void (*finish)(const Epilogue<T, Out>&, float* tile, int64_t row, int64_t col, int64_t rows, int64_t cols);
+template <class T, class Out>
+struct MicroKernel {
+    int64_t mr = 6, nr = 64;                 // tile of sums
+    int64_t mc = 192, nc = 384, kc = 256;    // blocks: rows, columns, depth
+    int64_t group = 1;                       // panels pad the depth to a multiple of this; one step of a left panel
+    int64_t element_bytes = 4;               // of a packed element
+    int64_t row_bytes = 4, step_bytes = 24;  // of packed left panels
+    bool left_in_place = false;              // reads whole panels and steps of the left operand where they lie
+
+    using Pack = void (*)(void* panels, Operand<T> source, int64_t rows, int64_t depth);
+    Pack pack_left = pack_floats_avx512<6, T>, pack_right = pack_floats_avx512<64, T>;
+    void (*add_sums)(SumOf<T>* sums, Operand<T> source, int64_t rows, int64_t depth) = add_sums_avx512<T>;
+    void (*multiply)(int64_t depth, const LeftPanel& left, const void* right, float* tile,
+                     bool accumulate) = multiply_avx512;
+    void (*finish)(const Epilogue<T, Out>&, float* tile, int64_t row, int64_t col, int64_t rows,
+                   int64_t cols) = finish_avx512<T, Out>;
 };
 
-template <int R, class T> void pack_floats_avx2(void* panel, Operand<T> source, int64_t rows, int64_t depth) {
-    pack_plain<R, 1>(static_cast<float*>(panel), source, rows, depth);
-}
-
-template <class T, class Out> MicroKernel<T, Out> micro_kernel(Isa isa) {
-    MicroKernel<T, Out> kernel{.mr = 6, .nr = 64, .mc = 192, .nc = 384, .kc = 256, .group = 1, .element_bytes = 4,
-                               .left_in_place = std::is_same_v<T, float>, .row_bytes = 4, .step_bytes = 24};
+template <class T, class Out>
+MicroKernel<T, Out> micro_kernel(Isa isa) {
+    MicroKernel<T, Out> kernel;
+    kernel.left_in_place = std::is_same_v<T, float>;
     if (isa == Isa::avx2) {
         kernel.nr = 16;
         kernel.pack_left = pack_floats_avx2<6, T>;
@@ -449,30 +491,25 @@ template <class T, class Out> MicroKernel<T, Out> micro_kernel(Isa isa) {
         kernel.add_sums = add_sums_avx2<T>;
         kernel.multiply = multiply_avx2;
         kernel.finish = finish_avx2<T, Out>;
-        return kernel;
     }
-    kernel.pack_left = pack_floats_avx512<6, T>;
-    kernel.pack_right = pack_floats_avx512<64, T>;
-    kernel.add_sums = add_sums_avx512<T>;
-    kernel.multiply = multiply_avx512;
-    kernel.finish = finish_avx512<T, Out>;
     if constexpr (std::is_same_v<T, bf16>) {
-        if (isa < Isa::avx512_bf16) return kernel;
-        kernel.group = kernel.element_bytes = 2;
-        kernel.left_in_place = true;
-        kernel.pack_left = pack_pairs_avx512<6, 2>;
-        kernel.pack_right = pack_pairs_avx512<64, 2>;
-        kernel.multiply = multiply_avx512_bf16;
-        kernel.finish = finish_bf16<64, T, Out>;
-        if (isa < Isa::amx) return kernel;
-        kernel.mr = kernel.nr = kernel.group = 32;
-        kernel.mc = 256;
-        kernel.row_bytes = 64;
-        kernel.step_bytes = 2048;
-        kernel.pack_left = pack_tiles_amx;
-        kernel.pack_right = pack_pairs_avx512<32, 32>;
-        kernel.multiply = multiply_amx;
-        kernel.finish = finish_bf16<32, T, Out>;
+        if (isa >= Isa::avx512_bf16) {
+            kernel.group = kernel.element_bytes = 2;
+            kernel.left_in_place = true;
+            kernel.pack_left = pack_pairs_avx512<6, 2>;
+            kernel.pack_right = pack_pairs_avx512<64, 2>;
+            kernel.multiply = multiply_avx512_bf16;
+            kernel.finish = finish_bf16<64, T, Out>;
+        }
+        if (isa == Isa::amx) {
+            kernel.mr = kernel.nr = kernel.group = 32;
+            kernel.row_bytes = 64;
+            kernel.step_bytes = 2048;
+            kernel.pack_left = pack_tiles_amx;
+            kernel.pack_right = pack_pairs_avx512<32, 32>;
+            kernel.multiply = multiply_amx;
+            kernel.finish = finish_bf16<32, T, Out>;
+        }
     }
     return kernel;
 }

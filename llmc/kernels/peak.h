@@ -1,14 +1,21 @@
-// What this machine can do at best, measured: arithmetic by loops that touch registers only, memory by the STREAM triad.
-// The MFU of a step, `doctor` and the benchmarks divide by these. Each takes about 0.2 s.
+// What this machine can do at best, measured: arithmetic by loops that touch registers only, memory by the STREAM
+// triad. The MFU of a step, `doctor` and the benchmarks divide by these. Each takes about 0.2 s.
 #pragma once
 
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <memory>
 
 #include "llmc/kernels/matmul_micro.h"
 
 // Each runs `count` rounds on one core and returns the floating-point operations done (an FMA counts as two).
-template <class V> [[gnu::always_inline]] inline void keep_in_register(V& v) { __asm__ volatile("" : "+v"(v)); }
+template <class V>
+[[gnu::always_inline]] inline void keep_in_register(V& v) {
+    __asm__ volatile("" : "+v"(v));
+}
 
 inline double fma_rounds_avx2(int64_t count) {
     __m256 sum[12] = {};
@@ -58,54 +65,64 @@ TARGET_AMX inline double bf16_rounds_amx(int64_t count) {
     return double(count) * 4 * 16 * 16 * 32 * 2;
 }
 
-// The best of several short runs of work(thread) -> operations on all threads at once, in 1e9 operations a second.
-template <class Work> double best_rate(int threads, Work work) {
+// All threads run work(thread) -> operations over and over, at the same time; the sum of each thread's best rate, in
+// 1e9 operations a second. A thread that another program pushed aside for a while spoils only its own runs.
+template <class Work>
+double best_rate(int threads, Work work, double seconds = 0.2) {
     using Clock = std::chrono::steady_clock;
-    double best = 0;
-    const auto begin = Clock::now();
-    do {
-        double operations = 0;
-        const auto start = Clock::now();
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : operations)
-        for (int t = 0; t < threads; t++) operations += work(t);
-        best = std::max(best, operations / std::chrono::duration<double>(Clock::now() - start).count());
-    } while (Clock::now() - begin < std::chrono::milliseconds(200));
-    return best * 1e-9;
+    const auto since = [](Clock::time_point start) {
+        return std::chrono::duration<double>(Clock::now() - start).count();
+    };
+    double sum = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : sum)
+    for (int t = 0; t < threads; t++) {
+        double best = 0;
+        const auto begin = Clock::now();
+        do {
+            const auto start = Clock::now();
+            const double operations = work(t);
+            best = std::max(best, operations / since(start));
+        } while (since(begin) < seconds);
+        sum += best;
+    }
+    return sum * 1e-9;
 }
 
 // GFLOP/s of fp32 fused multiply-adds in the widest registers.
-inline double measure_fp32_peak(int threads, Isa isa = cpu_isa()) {
+inline double measure_fp32_peak(int threads, Isa isa = cpu_isa(), double seconds = 0.2) {
     const auto rounds = isa >= Isa::avx512 ? fma_rounds_avx512 : fma_rounds_avx2;
-    return best_rate(threads, [=](int) { return rounds(100000); });
+    return best_rate(
+        threads, [=](int) { return rounds(100000); }, seconds);
 }
 
 // GFLOP/s of bf16 products summed in fp32: AMX tiles, vdpbf16ps, or widened to fp32, whichever is fastest.
-inline double measure_bf16_peak(int threads, Isa isa = cpu_isa()) {
-    double best = measure_fp32_peak(threads, isa);
-    if (isa >= Isa::avx512_bf16)
-        best = std::max(best, best_rate(threads, [](int) { return bf16_rounds_avx512(100000); }));
-    if (isa == Isa::amx) best = std::max(best, best_rate(threads, [](int) { return bf16_rounds_amx(20000); }));
-    return best;
+inline double measure_bf16_peak(int threads, Isa isa = cpu_isa(), double seconds = 0.2) {
+    if (isa == Isa::amx)
+        return best_rate(
+            threads, [](int) { return bf16_rounds_amx(20000); }, seconds);
+    const double widened = measure_fp32_peak(threads, isa, seconds / 2);
+    if (isa < Isa::avx512_bf16) return widened;
+    return std::max(widened, best_rate(
+                                 threads, [](int) { return bf16_rounds_avx512(100000); }, seconds / 2));
 }
 
-// GB/s of a[i] = b[i] + s c[i] over 3 x 64 MiB, counting each array once.
+// GB/s of a[i] = b[i] + s c[i] over 3 x 64 MiB in huge pages, counting each array once.
 inline double measure_bandwidth(int threads) {
-    constexpr int64_t size = 16 << 20;
-    const std::unique_ptr<float[]> a(new float[size]), b(new float[size]), c(new float[size]);
-    const auto range = [=](int t, int64_t& begin, int64_t& end) {
-        begin = size * t / threads;
-        end = size * (t + 1) / threads;
-    };
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int t = 0; t < threads; t++) {
-        int64_t begin, end;
-        range(t, begin, end);
-        for (int64_t i = begin; i < end; i++) a[i] = b[i] = c[i] = 1;
-    }
-    return best_rate(threads, [&](int t) {
-        int64_t begin, end;
-        range(t, begin, end);
+    constexpr int64_t size = 16 << 20, bytes = size * sizeof(float);
+    const std::unique_ptr<float, decltype(&std::free)> memory(
+        static_cast<float*>(std::aligned_alloc(2 << 20, 3 * bytes)), std::free);
+    float *a = memory.get(), *b = a + size, *c = b + size;
+    if (!a) return 0;
+#ifdef MADV_HUGEPAGE
+    madvise(a, 3 * bytes, MADV_HUGEPAGE);
+#endif
+    const auto triad = [=](int t) {
+        const int64_t begin = size * t / threads, end = size * (t + 1) / threads;
         for (int64_t i = begin; i < end; i++) a[i] = b[i] + 0.5f * c[i];
         return 3.0 * sizeof(float) * double(end - begin);
-    });
+    };
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < threads; t++)
+        for (int64_t i = size * t / threads; i < size * (t + 1) / threads; i++) a[i] = b[i] = c[i] = 1;
+    return best_rate(threads, triad);
 }
