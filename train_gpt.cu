@@ -32,7 +32,8 @@
 
 // A view of the tensor that op i of the plan uses, at its planned address. `rows` is the number of rows that this step
 // has, at most what was planned.
-template <class Tensors> Tensors tensor_of_op(const Rank& rank, const Plan& plan, size_t i, Tensor kind, int layer, int64_t rows) {
+template <class Tensors>
+Tensors tensor_of_op(const Rank& rank, const Plan& plan, size_t i, Tensor kind, int layer, int64_t rows) {
     for (const PlacedUse& use : plan.memory[i])
         if (use.tensor == kind && use.layer == layer) {
             Allocator place{rank.activations + use.offset};
@@ -44,7 +45,8 @@ template <class Tensors> Tensors tensor_of_op(const Rank& rank, const Plan& plan
 double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer) {
     const int L = int(rank.options.model.layers);
     const Recompute recompute = rank.options.recompute;
-    const BlockContext ctx{rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
+    const BlockContext ctx{
+        rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
     if (observer) observer->losses.resize(step.chunks.size());
     double loss = 0;
 
@@ -60,12 +62,17 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
         const auto dw = l < 0 || !plan.training ? LayerTensors<floatS>{} : rank.dw.layers[size_t(l)];
 
         // The op's tensors; each op below takes the ones that `uses` in llmc/pipeline/op.h lists for it.
-        const auto x = [&](int layer) { return tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::residual, layer, N).rows; };
+        const auto x = [&](int layer) {
+            return tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::residual, layer, N).rows;
+        };
         const auto pre = [&] { return tensor_of_op<PreActivations>(rank, plan, i, Tensor::pre, l, N); };
-        const auto attention = [&] { return tensor_of_op<AttentionActivations>(rank, plan, i, Tensor::attention, l, N); };
+        const auto attention = [&] {
+            return tensor_of_op<AttentionActivations>(rank, plan, i, Tensor::attention, l, N);
+        };
         const auto kept_post = [&] {  // in the modes that recompute, nothing is kept
             const bool kept = plan.training && recompute == Recompute::none;
-            return kept ? std::optional(tensor_of_op<PostActivations>(rank, plan, i, Tensor::post, l, N)) : std::nullopt;
+            return kept ? std::optional(tensor_of_op<PostActivations>(rank, plan, i, Tensor::post, l, N))
+                        : std::nullopt;
         };
         const auto store = [&] {
             if (shape.store < 0) return Matrix<floatX>();
@@ -76,7 +83,9 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
             return tensor_of_op<StoreGradient>(rank, plan, i, Tensor::d_store, l, shape.store_tokens).rows;
         };
         const auto d_x = [&] { return tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::d_residual, -1, N).rows; };
-        const auto d_attention = [&] { return tensor_of_op<AttentionGradient>(rank, plan, i, Tensor::d_attention, -1, N).rows; };
+        const auto d_attention = [&] {
+            return tensor_of_op<AttentionGradient>(rank, plan, i, Tensor::d_attention, -1, N).rows;
+        };
         const auto d_qkv = [&] { return tensor_of_op<QkvGradient>(rank, plan, i, Tensor::d_qkv, -1, N).rows; };
         floatS* losses = nullptr;
         if (observer && op.part == Part::head) {
@@ -85,11 +94,21 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
         }
 
         if (op.pass == Pass::F) switch (op.part) {
-                case Part::embed: embed_forward(ctx, rank.w, x(0), chunk.tokens.data(), chunk.positions.data()); break;
-                case Part::pre: pre_attention_forward(ctx, w, pre(), x(l)); break;
-                case Part::attention: attention_block_forward(ctx, attention(), pre().qkv, store(), segments); break;
-                case Part::post: post_attention_forward(ctx, w, x(l + 1), kept_post(), x(l), attention().out); break;
-                case Part::head: loss += head_forward(ctx, rank.w, x(L), chunk.targets.data(), losses); break;
+                case Part::embed:
+                    embed_forward(ctx, rank.w, x(0), chunk.tokens.data(), chunk.positions.data());
+                    break;
+                case Part::pre:
+                    pre_attention_forward(ctx, w, pre(), x(l));
+                    break;
+                case Part::attention:
+                    attention_block_forward(ctx, attention(), pre().qkv, store(), segments);
+                    break;
+                case Part::post:
+                    post_attention_forward(ctx, w, x(l + 1), kept_post(), x(l), attention().out);
+                    break;
+                case Part::head:
+                    loss += head_forward(ctx, rank.w, x(L), chunk.targets.data(), losses);
+                    break;
             }
         else switch (op.part) {
                 case Part::head:
@@ -104,11 +123,15 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
                     break;
                 case Part::attention:
                     if (recompute == Recompute::without_attention) pre_attention_forward(ctx, w, pre(), x(l));
-                    attention_block_backward(ctx, d_qkv(), d_attention(), attention(), pre().qkv, store(), d_store(), segments,
-                                             shape.last_slice);
+                    attention_block_backward(ctx, d_qkv(), d_attention(), attention(), pre().qkv, store(), d_store(),
+                                             segments, shape.last_slice);
                     break;
-                case Part::pre: pre_attention_backward(ctx, w, dw, d_x(), d_qkv(), pre(), x(l)); break;
-                case Part::embed: embed_backward(ctx, rank.dw, d_x(), chunk.tokens.data(), chunk.positions.data()); break;
+                case Part::pre:
+                    pre_attention_backward(ctx, w, dw, d_x(), d_qkv(), pre(), x(l));
+                    break;
+                case Part::embed:
+                    embed_backward(ctx, rank.dw, d_x(), chunk.tokens.data(), chunk.positions.data());
+                    break;
             }
         if (observer && observer->after_op) observer->after_op(i);
     }
@@ -128,8 +151,9 @@ Evaluation evaluate(Rank& rank, const Loader& loader, int64_t batch_tokens, int6
     Evaluation total;
     int64_t tokens = 0;
     for (int64_t sample = 0; sample < loader.samples() && !(stop && *stop);) {
-        const Batch batch = next_batch(loader, sample, batch_tokens, loader.samples());
-        if (max_tokens > 0 && tokens > 0 && tokens + batch.tokens > max_tokens) break;
+        const int64_t left = max_tokens > 0 ? max_tokens - tokens : batch_tokens;
+        const Batch batch = next_batch(loader, sample, std::min(batch_tokens, left), loader.samples());
+        if (tokens > 0 && batch.tokens > left) break;  // a batch has one sample at least
         const Step step = prepare_step(batch, rank.options.chunk_tokens, rank.options.model);
         total.loss += run_ops(rank, rank.plan_for(step.group_sizes, false), step, 0);
         total.targets += step.targets;
@@ -183,14 +207,19 @@ void round_weights(Rank& rank) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Non-finite steps (README, "Exit codes")
 
-// The first weight, or else gradient, that is not finite: a bad weight spoils every gradient.
+bool weights_are_finite(const Rank& rank) {
+    return first_nonfinite(rank.device, rank.master, flat_size(rank.parameters)) < 0;
+}
+
+// The weight that is not finite, or else the gradient nearest to the loss: the backward pass carries what went wrong
+// from the head towards the embedding.
 std::string name_nonfinite(const Rank& rank) {
     for (const floatS* flat : {rank.master, rank.gradients})
-        for (const Parameter& p : rank.parameters) {
-            const int64_t element = first_nonfinite(rank.device, flat + p.offset, p.size());
+        for (auto p = rank.parameters.rbegin(); p != rank.parameters.rend(); ++p) {
+            const int64_t element = first_nonfinite(rank.device, flat + p->offset, p->size());
             if (element >= 0)
-                return std::string(flat == rank.gradients ? "gradient of " : "weight ") + p.name + "[" +
-                       std::to_string(element / p.cols) + ", " + std::to_string(element % p.cols) + "]";
+                return std::string(flat == rank.gradients ? "gradient of " : "weight ") + p->name + "[" +
+                       std::to_string(element / p->cols) + ", " + std::to_string(element % p->cols) + "]";
         }
     return "loss";
 }
@@ -202,12 +231,16 @@ std::string name_nonfinite(const Rank& rank) {
     const XXH64_hash_t first = XXH3_64bits(rank.gradients, bytes);
     const double again = compute_gradients(rank, step);
     const bool same = XXH3_64bits(rank.gradients, bytes) == first && std::memcmp(&again, &loss, sizeof loss) == 0;
-    const std::string what = "step " + std::to_string(number) + ": " + where + " is not finite (loss " + std::to_string(loss) + "). ";
+    const std::string what =
+        "step " + std::to_string(number) + ": " + where + " is not finite (loss " + std::to_string(loss) + "). ";
     if (same)
-        throw Failure(EXIT_NONFINITE, what + "A replay gave the same bits, so data or optimisation are the cause: lower --lr, raise "
-                                             "--warmup, or pass such steps over with --on-nonfinite skip");
-    throw Failure(EXIT_HARDWARE, what + "A replay on rank " + std::to_string(rank.index) +
-                                     " gave different bits, so the hardware is the cause: take this machine out and resume elsewhere");
+        throw Failure(EXIT_NONFINITE,
+                      what +
+                          "A replay gave the same bits, so data or optimisation are the cause: lower --lr, raise "
+                          "--warmup, or pass such steps over with --on-nonfinite skip");
+    throw Failure(EXIT_HARDWARE,
+                  what + "A replay on rank " + std::to_string(rank.index) +
+                      " gave different bits, so the hardware is the cause: take this machine out and resume elsewhere");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -224,13 +257,22 @@ Recompute recompute_of(const Config& c) {
 }
 
 RankOptions rank_options(const Config& c, bool training) {
-    return {model_of(c),          recompute_of(c),           c.data.chunk_tokens, c.compute.mlp_chunk,
-            c.compute.head_chunk, int(c.compute.threads), training};
+    return {model_of(c),
+            recompute_of(c),
+            c.data.chunk_tokens,
+            c.compute.mlp_chunk,
+            c.compute.head_chunk,
+            int(c.compute.threads),
+            training};
 }
 
-LoaderOptions loader_options(const Config& c, const Tokenizer& tokenizer, bool shuffle) {
+LoaderOptions loader_options(const Config& c, const Tokenizer& tokenizer, uint64_t seed) {
     return {c.data.packing == "documents" ? Packing::documents : Packing::contiguous,
-            c.model.context, c.model.vocab, tokenizer.end_of_text(), uint64_t(c.training.seed), shuffle};
+            c.model.context,
+            c.model.vocab,
+            tokenizer.end_of_text(),
+            seed,
+            true};
 }
 
 // Bytes of this run by kind, and what would fit if they do not. Called before anything is allocated.
@@ -247,19 +289,23 @@ void check_memory(const Config& c, const MemoryPlan& plan) {
             smaller.data.chunk_tokens = chunk;
             smaller.compute.head_chunk = std::min<int64_t>(chunk, 128);
             if (!advice.empty() || plan_memory(rank_options(smaller, true)).total() > available) continue;
-            advice = "--recompute " + std::string(recompute) + " --chunk-tokens " + std::to_string(chunk) + " --head-chunk " +
-                     std::to_string(smaller.compute.head_chunk) + " fits";
+            advice = "--recompute " + std::string(recompute) + " --chunk-tokens " + std::to_string(chunk) +
+                     " --head-chunk " + std::to_string(smaller.compute.head_chunk) + " fits";
         }
     if (advice.empty() && fixed >= available)
         advice = "weights, gradients and moments alone take " + bytes_text(fixed) + ": choose a smaller model";
     if (advice.empty()) advice = "chunks of 128 tokens do not fit, either: choose a smaller model or fewer --threads";
-    throw Failure(EXIT_MEMORY, "the plan takes " + bytes_text(plan.total()) + ", " + bytes_text(available) + " are available; " + advice);
+    throw Failure(EXIT_MEMORY, "the plan takes " + bytes_text(plan.total()) + ", " + bytes_text(available) +
+                                   " are available; " + advice);
 }
 
 std::vector<TableRow> memory_table(const MemoryPlan& plan) {
-    return {{"weights", bytes_text(plan.weights)},         {"master weights", bytes_text(plan.master)},
-            {"gradients", bytes_text(plan.gradients)},     {"moments", bytes_text(plan.moments)},
-            {"activations", bytes_text(plan.activations)}, {"workspace", bytes_text(plan.workspace + plan.scratch)},
+    return {{"weights", bytes_text(plan.weights)},
+            {"master weights", bytes_text(plan.master)},
+            {"gradients", bytes_text(plan.gradients)},
+            {"moments", bytes_text(plan.moments)},
+            {"activations", bytes_text(plan.activations)},
+            {"workspace", bytes_text(plan.workspace + plan.scratch)},
             {"total", bytes_text(plan.total())}};
 }
 
@@ -270,15 +316,38 @@ struct Training {
     Loader loader;
     std::optional<Loader> val_loader;
     TrainingState state;
-    int64_t updates = 0;  // optimizer steps taken: steps less the skipped ones
+    int64_t updates = 0;              // optimizer steps taken: steps less the skipped ones
+    StepRecord last_record = {};      // the line of the metrics for state.step,
+    bool validation_pending = false;  // which a signal has cost its validation loss
 
     CheckpointView view() { return {rank.options.model, rank.parameters, rank.master, rank.m, rank.v}; }
 };
 
 void save(Training& run, MetricsWriter& metrics) {
-    run.state.extra = {{"updates", run.updates}};
+    run.state.extra = {{"updates", run.updates},
+                       {"data_tokens", run.loader.stream_tokens()},
+                       {"last_record", nlohmann::json::parse(json_line(run.last_record))},
+                       {"validation_pending", run.validation_pending}};
     metrics.sync();  // a checkpoint never knows of steps that the metrics have lost
     save_checkpoint(run.config.run.dir, run.view(), run.state, int(run.config.run.keep));
+}
+
+// The lines in which two effective configurations differ; those that only say how far to go do not count.
+std::vector<std::string> changed_settings(const std::string& before, const std::string& after) {
+    std::map<std::string, std::string> values;
+    std::vector<std::string> changes;
+    const auto for_each_setting = [](const std::string& toml, const auto& body) {
+        std::stringstream lines(toml);
+        for (std::string line; std::getline(lines, line);)
+            if (const size_t at = line.find(" = "); at != std::string::npos)
+                body(line.substr(0, at), line.substr(at + 3));
+    };
+    for_each_setting(before, [&](const std::string& name, const std::string& value) { values[name] = value; });
+    for_each_setting(after, [&](const std::string& name, const std::string& value) {
+        if (values[name] != value && name != "resume" && name != "stop-after" && name != "run-dir")
+            changes.push_back(name + " has changed from " + values[name] + " to " + value);
+    });
+    return changes;
 }
 
 // Where the weights come from: the newest checkpoint of the run, a Hugging Face GPT-2, or the seed.
@@ -288,7 +357,18 @@ std::string start_weights(Training& run) {
     if (const auto found = c.run.resume ? find_latest_checkpoint(c.run.dir) : std::nullopt) {
         run.state = restore_checkpoint(*found, run.view(), Restore::all);
         for (const std::string& note : run.state.notes) std::fprintf(stderr, "%s\n", note.c_str());
-        if (run.state.extra.contains("updates")) run.updates = run.state.extra["updates"].get<int64_t>();
+        for (const std::string& change : changed_settings(run.state.configuration, effective_toml(c)))
+            std::fprintf(stderr, "since the checkpoint, %s\n", change.c_str());
+        const nlohmann::json& extra = run.state.extra;
+        if (extra.at("data_tokens") != run.loader.stream_tokens())
+            std::fprintf(stderr,
+                         "since the checkpoint, the data have changed: %lld tokens instead of %lld; sample %lld is "
+                         "another one\n",
+                         (long long)run.loader.stream_tokens(), (long long)extra.at("data_tokens"),
+                         (long long)run.state.sample_index);
+        run.updates = extra.at("updates");
+        run.validation_pending = extra.at("validation_pending");
+        run.last_record = record_from_json(extra.at("last_record"));
         from = found->directory;
     } else if (!c.run.init_from.empty()) {
         init_from_huggingface(c.run.init_from, run.view());
@@ -307,18 +387,25 @@ int training_loop(Training& run, Signals& signals, MetricsWriter& metrics, Conso
     const Config& c = run.config;
     const int64_t last = c.run.stop_after ? std::min(c.run.stop_after, c.training.steps) : c.training.steps;
     const auto validate = [&](int64_t step) -> std::optional<double> {
-        const bool due = step == 0 || step == last || (c.run.val_every && step % c.run.val_every == 0);
+        const bool due = step == 0 || step == c.training.steps || (c.run.val_every && step % c.run.val_every == 0);
         if (!run.val_loader || !due) return std::nullopt;
-        const Evaluation result = evaluate(rank, *run.val_loader, c.data.batch_tokens, c.run.val_tokens, &signals.stop_wanted);
-        return signals.stop_wanted ? std::nullopt : std::optional(result.loss);
+        const Evaluation result =
+            evaluate(rank, *run.val_loader, c.data.batch_tokens, c.run.val_tokens, &signals.stop_wanted);
+        run.validation_pending = signals.stop_wanted;  // it may have ended early; whoever resumes makes up for it
+        return run.validation_pending ? std::nullopt : std::optional(result.loss);
+    };
+    const auto log_step = [&](const StepRecord& record) {
+        metrics.write(record);
+        console.step(record);
     };
 
-    if (run.state.step == 0)
-        if (const std::optional<double> val_loss = validate(0)) {
-            const StepRecord record{.step = 0, .val_loss = val_loss};
-            metrics.write(record);
-            console.step(record);
-        }
+    if (run.state.step == 0) {
+        if (run.val_loader) log_step({.step = 0, .val_loss = validate(0)});
+    } else if (run.validation_pending) {
+        run.last_record.val_loss = validate(run.state.step);
+        log_step(run.last_record);
+    }
+    const int64_t first_step = run.state.step;
     int64_t saved_step = run.state.step;
     while (run.state.step < last && !signals.stop_wanted) {
         const auto start = std::chrono::steady_clock::now();
@@ -333,7 +420,7 @@ int training_loop(Training& run, Signals& signals, MetricsWriter& metrics, Conso
             const auto& t = c.training;
             const double scale = t.clip > 0 && norm > t.clip ? t.clip / norm : 1;
             update_parameters(rank, {lr, t.beta1, t.beta2, t.eps, t.weight_decay, ++run.updates, scale});
-        } else if (c.training.on_nonfinite == "stop") {
+        } else if (c.training.on_nonfinite == "stop" || !weights_are_finite(rank)) {
             stop_at_nonfinite(rank, step, number, loss);
         } else {
             console.note("step " + std::to_string(number) + " skipped: " + name_nonfinite(rank) + " is not finite");
@@ -342,20 +429,20 @@ int training_loop(Training& run, Signals& signals, MetricsWriter& metrics, Conso
         run.state.sample_index = batch.next_sample;
 
         const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        const StepRecord record{.step = number,
-                                .loss = loss,
-                                .val_loss = validate(number),
-                                .grad_norm = norm,
-                                .lr = lr,
-                                .ms = seconds * 1e3,
-                                .tokens_per_second = double(step.tokens) / seconds,
-                                .mfu = step.flops / seconds / (peak_gflops * 1e9),
-                                .memory_bytes = resident_bytes()};
-        metrics.write(record);
-        console.step(record);
-        if (number == 3)
-            console.note(format("resident memory: planned %.1f MiB, grown %.1f MiB", double(rank.memory.total()) / (1 << 20),
-                                double(*record.memory_bytes - rank.resident_before) / (1 << 20)));
+        run.last_record = {.step = number,
+                           .loss = loss,
+                           .val_loss = validate(number),
+                           .grad_norm = norm,
+                           .lr = lr,
+                           .ms = seconds * 1e3,
+                           .tokens_per_second = double(step.tokens) / seconds,
+                           .mfu = step.flops / seconds / (peak_gflops * 1e9),
+                           .memory_bytes = resident_bytes()};
+        log_step(run.last_record);
+        if (number == first_step + 3)
+            console.note(format("resident memory: planned %.1f MiB, grown %.1f MiB",
+                                double(rank.memory.total()) / (1 << 20),
+                                double(resident_bytes() - rank.resident_before) / (1 << 20)));
 
         const bool due = c.run.checkpoint_every && number % c.run.checkpoint_every == 0;
         if (due || signals.checkpoint_wanted.exchange(false)) {
@@ -364,7 +451,7 @@ int training_loop(Training& run, Signals& signals, MetricsWriter& metrics, Conso
         }
     }
     if (saved_step != run.state.step) save(run, metrics);
-    return run.state.step < last ? EXIT_REQUEUE : 0;
+    return run.state.step < last || run.validation_pending ? EXIT_REQUEUE : 0;
 }
 
 // What this run is, before its first step.
@@ -372,31 +459,48 @@ void print_start(const Training& run, const std::string& weights_from, double pe
     const Config& c = run.config;
     const GptConfig& g = run.rank.options.model;
     const auto tokens_text = [](const Loader& loader) {
-        return std::to_string(loader.stream_tokens()) + " tokens, " + std::to_string(loader.samples()) + " samples an epoch";
+        return std::to_string(loader.stream_tokens()) + " tokens, " + std::to_string(loader.samples()) +
+               " samples an epoch";
     };
-    print_table("run " + c.run.dir,
-                {{"device", "CPU, " + std::to_string(c.compute.threads) + " threads, " + isa_name(cpu_isa()) + ", " PRECISION_NAME +
-                                format(", measured matrix peak %.0f GFLOP/s", peak_gflops)},
-                 {"model", c.model.name + ": " + std::to_string(g.layers) + " layers, " + std::to_string(g.channels) + " channels, " +
-                               std::to_string(g.heads) + " heads, context " + std::to_string(g.context) + ", vocabulary " +
-                               std::to_string(g.vocab) + (g.tied ? ", tied head, " : ", untied head, ") +
-                               std::to_string(parameter_count(g)) + " parameters"},
-                 {"weights", "from " + weights_from},
-                 {"data", c.data.train + ": " + tokens_text(run.loader) + ", " + c.data.packing},
-                 {"validation", run.val_loader ? c.data.val + ": " + tokens_text(*run.val_loader) : "off: no --val-data"},
-                 {"step", std::to_string(c.data.batch_tokens) + " tokens in chunks of at most " +
-                              std::to_string(c.data.chunk_tokens) + ", recompute " + c.compute.recompute}});
+    print_table(
+        "run " + c.run.dir,
+        {{"device", "CPU, " + std::to_string(c.compute.threads) + " threads, " + isa_name(cpu_isa()) +
+                        ", " PRECISION_NAME + format(", measured matrix peak %.0f GFLOP/s", peak_gflops)},
+         {"model", c.model.name + ": " + std::to_string(g.layers) + " layers, " + std::to_string(g.channels) +
+                       " channels, " + std::to_string(g.heads) + " heads, context " + std::to_string(g.context) +
+                       ", vocabulary " + std::to_string(g.vocab) + (g.tied ? ", tied head, " : ", untied head, ") +
+                       std::to_string(parameter_count(g)) + " parameters"},
+         {"weights", "from " + weights_from},
+         {"data", c.data.train + ": " + tokens_text(run.loader) + ", " + c.data.packing},
+         {"validation", run.val_loader ? c.data.val + ": " + tokens_text(*run.val_loader) : "off: no --val-data"},
+         {"step", std::to_string(c.data.batch_tokens) + " tokens in chunks of at most " +
+                      std::to_string(c.data.chunk_tokens) + ", recompute " + c.compute.recompute}});
+}
+
+// --init-from: sizes that were not asked for come with the weights, and those that were must be theirs.
+void take_sizes_of(Config& c, std::string& source) {
+    if (path_exists(checkpoint_root(source))) source = find_checkpoint(source).directory;
+    const GptConfig found = read_model_config(source);
+    std::vector<std::string> violations;
+    const auto take = [&](const char* name, int64_t& size, int64_t value) {
+        if (size && size != value)
+            violations.push_back("--" + std::string(name) + " " + std::to_string(size) + ", --init-from " + source +
+                                 " has " + std::to_string(value) + "; use --" + name + " " + std::to_string(value));
+        size = value;
+    };
+    take("layers", c.model.layers, found.layers);
+    take("channels", c.model.channels, found.channels);
+    take("heads", c.model.heads, found.heads);
+    take("context", c.model.context, found.context);
+    take("vocab", c.model.vocab, found.vocab);
+    if (!violations.empty()) refuse_config(violations);
+    c.model.untied = !found.tied;
+    if (c.data.tokenizer.empty()) c.data.tokenizer = found.vocab == 257 ? "bytes" : "gpt2";
+    complete_config(c);
 }
 
 int train_command(Config c) {
-    if (!c.run.init_from.empty() && !c.model.layers) {  // sizes come with the weights
-        const GptConfig found = read_model_config(c.run.init_from);
-        c.model.layers = found.layers, c.model.channels = found.channels, c.model.heads = found.heads;
-        c.model.context = found.context, c.model.vocab = found.vocab, c.model.untied = !found.tied;
-        if (c.data.tokenizer.empty()) c.data.tokenizer = found.vocab == 257 ? "bytes" : "gpt2";
-        complete_config(c);
-    }
-    omp_set_num_threads(int(c.compute.threads));
+    if (!c.run.init_from.empty()) take_sizes_of(c, c.run.init_from);
     const RankOptions options = rank_options(c, true);
     const MemoryPlan plan = plan_memory(options);
     print_table("memory", memory_table(plan));
@@ -411,16 +515,17 @@ int train_command(Config c) {
     });
     const Tokenizer tokenizer(c.data.tokenizer);
     std::optional<Loader> val_loader;
-    if (!c.data.val.empty()) val_loader.emplace(open_token_files(c.data.val), loader_options(c, tokenizer, false));
-    Loader loader(open_token_files(c.data.train), loader_options(c, tokenizer, true));
+    if (!c.data.val.empty()) val_loader.emplace(open_token_files(c.data.val), loader_options(c, tokenizer, 0));
+    Loader loader(open_token_files(c.data.train), loader_options(c, tokenizer, uint64_t(c.training.seed)));
     create_directories(c.run.dir);
+    const DirectoryLock lock(c.run.dir);
 
     Training run{c, Rank(options), std::move(loader), std::move(val_loader), {}, 0};
     running = &run.rank;
+    const std::string from = start_weights(run);
     run.state.seed = uint64_t(c.training.seed);
     run.state.tokenizer = tokenizer.name();
     run.state.end_of_text = tokenizer.end_of_text();
-    const std::string from = start_weights(run);
     run.state.configuration = effective_toml(c);
     run.state.schedule = {{"kind", c.training.lr_schedule}, {"lr", c.training.lr}, {"steps", c.training.steps}};
     write_file(c.run.dir + "/config.toml", effective_toml(c));
@@ -428,11 +533,19 @@ int train_command(Config c) {
     const int threads = int(c.compute.threads);
     const double peak_gflops = std::is_same_v<floatX, bf16> ? measure_bf16_peak(threads) : measure_fp32_peak(threads);
     print_start(run, from, peak_gflops);
-    MetricsWriter metrics(c.run.dir + "/metrics.jsonl", run.state.step);
+    const int64_t logged = run.state.step > 0 ? run.state.step - run.validation_pending : -1;
+    MetricsWriter metrics(c.run.dir + "/metrics.jsonl", logged);
     Console console(c.training.steps);
-    const int code = training_loop(run, signals, metrics, console, peak_gflops);
-    running = nullptr;
-    return code;
+    try {
+        const int code = training_loop(run, signals, metrics, console, peak_gflops);
+        running = nullptr;
+        return code;
+    } catch (const Failure& failure) {
+        running = nullptr;
+        const bool said = std::string(failure.what()).find("good checkpoint") != std::string::npos;
+        if (failure.exit_code != EXIT_STORAGE || said) throw;
+        throw Failure(EXIT_STORAGE, failure.what() + (" " + last_good_checkpoint(c.run.dir)));
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -443,13 +556,25 @@ int train_command(Config c) {
 #include "llmc/commands/generate.h"
 #include "llmc/commands/tokenize.h"
 
+// Idle OpenMP threads spin for milliseconds before they sleep, which costs dear where other programs or ranks want the
+// core. libgomp reads how long before main begins, so the program starts itself once more with a short time.
+void spin_briefly(char** argv) {
+    if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT")) return;
+    setenv("GOMP_SPINCOUNT", "20000", 1);
+    execv("/proc/self/exe", argv);  // where that fails, threads spin
+}
+
 int main(int argc, char** argv) {
+    spin_briefly(argv);
     try {
+        cpu_isa();  // refuses an impossible HELIXTRAIN_ISA
         const Config config = parse_config(argc, argv);
-        if (config.command == "tokenize") 
+        omp_set_num_threads(int(config.compute.threads));
+        if (config.command == "tokenize")
             return tokenize_command({config.tokenize.inputs, config.tokenize.output, config.data.tokenizer,
-                                     config.data.tokenizer_dir, config.tokenize.holdout_every, config.tokenize.max_bytes,
-                                     config.tokenize.extensions, config.tokenize.shard_tokens});
+                                     config.data.tokenizer_dir, config.tokenize.holdout_every,
+                                     config.tokenize.max_bytes, config.tokenize.extensions,
+                                     config.tokenize.shard_tokens});
         if (config.command == "generate") return generate_command(config);
         if (config.command == "eval") return eval_command(config);
         if (config.command == "doctor") return doctor_command(config);
@@ -463,6 +588,9 @@ int main(int argc, char** argv) {
     } catch (const std::bad_alloc&) {
         std::fprintf(stderr, "train_gpt: out of memory; choose a smaller model or batch\n");
         return EXIT_MEMORY;
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "train_gpt: internal error, please report it: %s\n", error.what());
+        return EXIT_INTERNAL;
     }
 }
 #endif

@@ -55,7 +55,8 @@ using floatS = float;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Row-major view of a matrix [rows, cols] whose rows lie `stride` elements apart. It owns nothing.
-template <class T> struct Matrix {
+template <class T>
+struct Matrix {
     T* data = nullptr;
     int64_t rows = 0, cols = 0, stride = 0;
 
@@ -83,6 +84,7 @@ enum ExitCode {
     EXIT_NONFINITE = 17,
     EXIT_PEER = 20,
     EXIT_STORAGE = 21,
+    EXIT_INTERNAL = 70,
     EXIT_REQUEUE = 75,
 };
 

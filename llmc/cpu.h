@@ -3,13 +3,14 @@
 #pragma once
 
 #include <cstdlib>
-#include <cstring>
 #include <string>
 
 #if defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+#include "llmc/common.h"
 
 // Ordered: each level includes the ones before it.
 enum class Isa { avx2, avx512, avx512_bf16, amx };
@@ -19,7 +20,8 @@ inline const char* isa_name(Isa isa) {
     return names[int(isa)];
 }
 
-// HELIXTRAIN_ISA=avx2|avx512|avx512_bf16|amx lowers the level, so that one machine can test every kernel.
+// HELIXTRAIN_ISA=avx2|avx512|avx512_bf16|amx lowers the level, so that one machine can test every kernel. main asks
+// first, so that a level that does not exist is refused before any kernel runs.
 inline Isa cpu_isa() {
     static const Isa isa = [] {
         Isa found = Isa::avx2;
@@ -32,14 +34,20 @@ inline Isa cpu_isa() {
                 unsigned a = 7, b = 0, c = 0, d = 0;
                 __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
                 const bool has_amx = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16 and AMX-TILE
-                // Linux grants the 8 KiB of tile state only to processes that ask for it (ARCH_REQ_XCOMP_PERM, tile data).
+                // Linux grants the 8 KiB of tile state only to processes that ask for it (ARCH_REQ_XCOMP_PERM, tile
+                // data).
                 if (has_amx && syscall(SYS_arch_prctl, 0x1023, 18) == 0) found = Isa::amx;
             }
         }
-        if (const char* wanted = std::getenv("HELIXTRAIN_ISA"))
-            for (Isa lower : {Isa::avx2, Isa::avx512, Isa::avx512_bf16})
-                if (lower < found && std::strcmp(wanted, isa_name(lower)) == 0) return lower;
-        return found;
+        const char* wanted = std::getenv("HELIXTRAIN_ISA");
+        if (!wanted) return found;
+        std::string levels;
+        for (int level = 0; level <= int(found); ++level) {
+            if (std::string(wanted) == isa_name(Isa(level))) return Isa(level);
+            levels += (level ? ", " : "") + std::string(isa_name(Isa(level)));
+        }
+        throw Failure(EXIT_CONFIG,
+                      "HELIXTRAIN_ISA=" + std::string(wanted) + " is no level of this CPU; it has " + levels);
     }();
     return isa;
 }

@@ -7,11 +7,12 @@
 #include "common.h"
 
 struct Device {
-    int threads = 1;                 // OpenMP threads of this rank; each rank calls omp_set_num_threads once
-    std::byte* scratch = nullptr;    // 64-byte aligned, contents undefined between kernels
-    size_t scratch_bytes = 0;        // at least the kernels' *_scratch_bytes for the shapes they get
+    int threads = 1;               // OpenMP threads of this rank; each rank calls omp_set_num_threads once
+    std::byte* scratch = nullptr;  // 64-byte aligned, contents undefined between kernels
+    size_t scratch_bytes = 0;      // at least the kernels' *_scratch_bytes for the shapes they get
 
-    template <class T> T* scratch_as(size_t count, size_t byte_offset = 0) const {
+    template <class T>
+    T* scratch_as(size_t count, size_t byte_offset = 0) const {
         if (byte_offset + count * sizeof(T) > scratch_bytes)
             throw std::logic_error("kernel asks for " + std::to_string(byte_offset + count * sizeof(T)) +
                                    " bytes of scratch, the plan gave " + std::to_string(scratch_bytes));

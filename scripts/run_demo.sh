@@ -5,6 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 run=runs/demo
+steps=${STEPS:-600}
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -21,7 +22,7 @@ fi
 
 say "Training: tiny (4 layers, 192 channels, 4 heads, context 256, bytes)"
 ./train_gpt train --model tiny --run-dir "$run" --data "$run/data/train_*.bin" --val-data "$run/data/val_*.bin" \
-    --val-tokens 32768 --steps "${STEPS:-400}" --batch-tokens 2048 --lr 3e-3 --warmup 20 "$@"
+    --val-tokens 65536 --steps "$steps" --batch-tokens 2048 --lr 3e-3 --warmup $((steps / 20)) "$@"
 
 say "A sample: ./train_gpt generate --checkpoint $run --prompt '#include <'"
 ./train_gpt generate --checkpoint "$run" --prompt '#include <' --tokens 400 --temperature 0.7 --top-k 40

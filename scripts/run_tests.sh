@@ -7,7 +7,7 @@
 set -u
 cd "$(dirname "$0")/.."
 mkdir -p build/logs
-passed=0 failed=0
+passed=0 failed=0 skipped=0
 
 count() { grep -oE "$1" | grep -oE '[0-9]+' | tail -n 1; }
 
@@ -28,6 +28,8 @@ suite() {  # name, command...
     printf '  %-28s %5d passed %3d failed %5d s\n' "$name" "$good" "$bad" $((SECONDS - start))
     [ "$bad" = 0 ] || { echo "---- $log"; tail -n 60 "$log"; echo "----"; }
     passed=$((passed + good)) failed=$((failed + bad))
+    skip=$(count '[0-9]+ skipped' <"$log")
+    skipped=$((skipped + ${skip:-0}))
 }
 
 for program in build/tests/*_test build/tests/fuzz_*; do
@@ -39,5 +41,6 @@ for script in dev/tests/test_*.py; do
 done
 
 echo
+[ $skipped = 0 ] || echo "$skipped skipped: what they need is not on this machine (pytest -rs names it)"
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -266,13 +266,13 @@ TEST(Metrics, ResumeKeepsEveryStepOnce) {
         for (int64_t step : steps) metrics.write({.step = step});
         metrics.sync();
     };
-    write(0, {0, 1, 2, 3, 4});
+    write(-1, {0, 1, 2, 3, 4});
     std::ofstream(file.path, std::ios::app) << "{\"step\":5,\"lo";  // torn by a crash
     write(5, {6});
     EXPECT_TRUE(file.text().ends_with("{\"step\":4}\n{\"step\":6}\n"));
     write(2, {3});
     EXPECT_EQ(file.text(), "{\"step\":0}\n{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
-    write(0, {0});
+    write(-1, {0});
     EXPECT_EQ(file.text(), "{\"step\":0}\n");
     EXPECT_THROW(MetricsWriter("/nonexistent/metrics.jsonl", 0), Failure);
 }

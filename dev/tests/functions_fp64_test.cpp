@@ -15,7 +15,8 @@ const GptConfig config{2, C, 3, 16, 29, 64, false};
 struct Fixture {
     std::vector<Parameter> table = parameter_table(config);
     std::vector<double> weights = random(flat_size(table)), gradients = std::vector<double>(weights.size(), 0.0);
-    ModelTensors<double> w = bind_tensors(weights.data(), table, config), dw = bind_tensors(gradients.data(), table, config);
+    ModelTensors<double> w = bind_tensors(weights.data(), table, config),
+                         dw = bind_tensors(gradients.data(), table, config);
     std::vector<std::byte> scratch = std::vector<std::byte>(64 << 20), workspace = std::vector<std::byte>(4 << 20),
                            activations = std::vector<std::byte>(4 << 20);
     Device device{2, scratch.data(), scratch.size()};
@@ -45,9 +46,11 @@ struct Fixture {
         std::printf("  %-24s error %.1e, bound %.0e\n", name, error, bound);
         EXPECT_LE(error, bound) << name << ": difference " << difference << ", backward " << slope;
     }
-    template <class Objective> void check_parameter(const char* name, const Objective& objective) {
+    template <class Objective>
+    void check_parameter(const char* name, const Objective& objective) {
         for (const Parameter& p : table)
-            if (p.name == name) return check(name, weights.data() + p.offset, gradients.data() + p.offset, p.size(), objective);
+            if (p.name == name)
+                return check(name, weights.data() + p.offset, gradients.data() + p.offset, p.size(), objective);
         FAIL() << "no parameter " << name;
     }
 };
@@ -95,7 +98,8 @@ TEST(Functions, PreAttention) {
 TEST(Functions, Attention) {
     Fixture f;
     constexpr int64_t context = 4, slice = 6, length = context + slice;
-    const std::vector<SegmentRows> segments = {{0, slice, context, true}, {slice, 1, 0, false}, {slice + 1, N - slice - 1, 0, false}};
+    const std::vector<SegmentRows> segments = {
+        {0, slice, context, true}, {slice, 1, 0, false}, {slice + 1, N - slice - 1, 0, false}};
     std::vector<double> qkv = f.random(N * 3 * C), d_out = f.random(N * C), d_qkv(N * 3 * C), d_store(length * 2 * C);
     std::vector<double> earlier = f.random(context * 2 * C), store(length * 2 * C);
     const AttentionActivations a(f.memory, N, config);
@@ -114,18 +118,22 @@ TEST(Functions, Attention) {
 TEST(Functions, PostAttention) {
     for (bool keep : {true, false}) {
         Fixture f;
-        std::vector<double> x = f.random(N * C), o = f.random(N * C), y(N * C), dy = f.random(N * C), d_o(N * C), dx = dy;
-        const std::optional<PostActivations> kept = keep ? std::optional(PostActivations(f.memory, N, config)) : std::nullopt;
+        std::vector<double> x = f.random(N * C), o = f.random(N * C), y(N * C), dy = f.random(N * C), d_o(N * C),
+                            dx = dy;
+        const std::optional<PostActivations> kept =
+            keep ? std::optional(PostActivations(f.memory, N, config)) : std::nullopt;
         const auto objective = [&] {
             post_attention_forward(f.ctx, f.w.layers[0], rows(y, C), kept, rows(x, C), rows(o, C));
             return dot(rows(y, C), rows(dy, C));
         };
         objective();
-        post_attention_backward(f.ctx, f.w.layers[0], f.dw.layers[0], rows(dx, C), rows(d_o, C), kept, rows(x, C), rows(o, C));
+        post_attention_backward(f.ctx, f.w.layers[0], f.dw.layers[0], rows(dx, C), rows(d_o, C), kept, rows(x, C),
+                                rows(o, C));
         f.check("x", x.data(), dx.data(), N * C, objective);
         f.check("o", o.data(), d_o.data(), N * C, objective);
-        for (const char* name : {"h.0.attn.c_proj.weight", "h.0.attn.c_proj.bias", "h.0.ln_2.weight", "h.0.ln_2.bias",
-                                 "h.0.mlp.c_fc.weight", "h.0.mlp.c_fc.bias", "h.0.mlp.c_proj.weight", "h.0.mlp.c_proj.bias"})
+        for (const char* name :
+             {"h.0.attn.c_proj.weight", "h.0.attn.c_proj.bias", "h.0.ln_2.weight", "h.0.ln_2.bias",
+              "h.0.mlp.c_fc.weight", "h.0.mlp.c_fc.bias", "h.0.mlp.c_proj.weight", "h.0.mlp.c_proj.bias"})
             f.check_parameter(name, objective);
     }
 }

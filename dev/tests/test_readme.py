@@ -35,7 +35,7 @@ def test_readme_lists_its_two_commands_first():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(tree, command):
     done = subprocess.run(command, shell=True, cwd=tree, capture_output=True, text=True, timeout=900,
-                          env={**os.environ, "STEPS": "12"})
+                          env={**os.environ, "STEPS": "24"})
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 

@@ -88,11 +88,35 @@ def test_stopping_and_resuming_changes_no_bit(data, tmp_path, layout):
     one, two = tmp_path / "one", tmp_path / "two"
     common = ["--steps", 40, "--val-every", 10, *layout]
     run(*train_flags(data, one, *common))
-    run(*train_flags(data, two, *common, "--stop-after", 20))
-    assert max(losses(two)) == 20
+    run(*train_flags(data, two, *common, "--stop-after", 17))
+    assert max(losses(two)) == 17
     run(*train_flags(data, two, *common, "--resume"))
     assert losses(one) == losses(two)
     assert same_weights(one, two, 40)
+
+
+def test_a_signal_costs_no_validation(data, tmp_path):
+    """Every step validates for long, so the signal comes in a validation, which the resumed run makes up for."""
+    flags = train_flags(data, tmp_path / "run", "--steps", 12, "--val-every", 1, "--val-tokens", 0)
+    process = start(*flags)
+    wait_for(lambda: steps_written(tmp_path / "run") > 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    process.communicate()
+    run(*flags, "--resume")
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(13))
+    assert all("val_loss" in m for m in metrics(tmp_path / "run"))
+
+
+def test_resuming_with_other_settings_or_data_says_so(data, tmp_path):
+    run(*train_flags(data, tmp_path / "run", "--steps", 4, "--stop-after", 2))
+    done = run(*train_flags(data, tmp_path / "run", "--steps", 4, "--seed", 7, "--data", data / "val_*.bin", "--resume"))
+    assert "seed has changed from 1337 to 7" in done.stderr and "the data have changed" in done.stderr
+
+
+def test_two_trainers_do_not_share_a_directory(data, endless):
+    _, directory = endless
+    assert "another process" in run(*train_flags(data, directory, "--steps", 1, "--resume"), check=2).stderr
 
 
 def test_kill_9_at_random_moments_then_resume(data, tmp_path, whole_run):
@@ -223,6 +247,22 @@ def test_too_little_memory_exits_5_with_what_would_fit(data, tmp_path):
     run(*flags, "--memory", "24MiB", *advice)
 
 
+def test_too_little_memory_for_a_large_model_exits_5_at_once(data, tmp_path):
+    for model, memory in ("gpt2:d12", "1MiB"), ("gpt3:c12288", "0"):
+        done = run("--model", model, "--data", data / "train_*.bin", "--run-dir", tmp_path / "run", "--memory", memory, check=5)
+        assert "smaller model" in done.stderr
+
+
+def test_generate_refuses_a_tokenizer_with_more_tokens(tmp_path, whole_run):
+    done = run("generate", "--checkpoint", whole_run, "--tokenizer", "gpt2", "--prompt", "a", check=2)
+    assert "50257" in done.stderr and "257" in done.stderr
+    assert run("eval", "--checkpoint", whole_run, "--data", "x", "--memory", "1KiB", check=5)
+
+
+def test_an_impossible_instruction_set_is_refused():
+    assert "avx2" in run("doctor", check=2, env={**os.environ, "HELIXTRAIN_ISA": "avx9"}).stderr
+
+
 def test_a_run_directory_is_not_overwritten(data, whole_run):
     assert "--resume" in run(*train_flags(data, whole_run, "--steps", 1), check=2).stderr
 
@@ -236,7 +276,7 @@ def test_diverging_run_exits_17_and_names_the_tensor(data, tmp_path):
 
 
 def test_skip_policy_passes_over_nonfinite_steps(data, tmp_path):
-    done = run(*train_flags(data, tmp_path / "run", "--steps", 5, "--lr", 1e30, "--clip", 0, "--on-nonfinite", "skip"), check=None)
+    done = run(*train_flags(data, tmp_path / "run", "--steps", 5, "--lr", 1e30, "--clip", 0, "--on-nonfinite", "skip"))
     assert "skipped" in done.stdout
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(6))
 

@@ -1,5 +1,5 @@
-// `doctor`: what was compiled in, what the machine has, what it can do (measured), and what is likely to slow a run down.
-// With --json one object, for programs such as dev/bench/cpu_vs_torch.
+// `doctor`: what was compiled in, what the machine has, what it can do (measured), and what is likely to slow a run
+// down. With --json one object, for programs such as dev/bench/cpu_vs_torch.
 #pragma once
 
 #include <cstdlib>
@@ -22,20 +22,26 @@ inline std::string first_line(const std::string& path) {
 inline std::vector<std::string> known_problems(int threads) {
     std::vector<std::string> problems;
     if (cpu_isa() == Isa::avx2)
-        problems.push_back("The CPU has no AVX-512 (or HELIXTRAIN_ISA forbids it): products run at half the rate of one that has.");
+        problems.push_back(
+            "The CPU has no AVX-512 (or HELIXTRAIN_ISA forbids it): products run at half the rate of one that has.");
     if (std::is_same_v<floatX, bf16> && cpu_isa() < Isa::avx512_bf16)
-        problems.push_back("The CPU has no bf16 products: this build converts to fp32 and is slower than `make PRECISION=fp32`.");
+        problems.push_back(
+            "The CPU has no bf16 products: this build converts to fp32 and is slower than `make PRECISION=fp32`.");
     const std::string pages = first_line("/sys/kernel/mm/transparent_hugepage/enabled");
     if (pages.find("[never]") != std::string::npos)
-        problems.push_back("Transparent huge pages are off, which costs TLB misses: echo madvise > "
-                           "/sys/kernel/mm/transparent_hugepage/enabled");
+        problems.push_back(
+            "Transparent huge pages are off, which costs TLB misses: echo madvise > "
+            "/sys/kernel/mm/transparent_hugepage/enabled");
     double load = 0;
     if (std::ifstream("/proc/loadavg") >> load && load > 0.5 * threads)
-        problems.push_back(format("Other programs load the machine (%.1f runnable on average): figures will be low.", load));
+        problems.push_back(
+            format("Other programs load the machine (%.1f runnable on average): figures will be low.", load));
     if (threads > 1 && !std::getenv("OMP_WAIT_POLICY") && load > threads)
-        problems.push_back("More runnable programs than cores: OMP_WAIT_POLICY=passive keeps idle threads from spinning.");
+        problems.push_back(
+            "More runnable programs than cores: OMP_WAIT_POLICY=passive keeps idle threads from spinning.");
     const std::string governor = first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor");
-    if (governor == "powersave") problems.push_back("The CPU's frequency governor is powersave; performance is faster.");
+    if (governor == "powersave")
+        problems.push_back("The CPU's frequency governor is powersave; performance is faster.");
     if (usable_threads() > threads)
         problems.push_back("--threads " + std::to_string(threads) + " leaves cores idle; this process may use " +
                            std::to_string(usable_threads()) + ".");
@@ -45,7 +51,8 @@ inline std::vector<std::string> known_problems(int threads) {
 inline int doctor_command(const Config& c) {
     const int threads = int(c.compute.threads);
     const std::map<std::string, std::string> environment = current_environment();
-    const double fp32 = measure_fp32_peak(threads), bf16_peak = measure_bf16_peak(threads), bandwidth = measure_bandwidth(threads);
+    const double fp32 = measure_fp32_peak(threads), bf16_peak = measure_bf16_peak(threads),
+                 bandwidth = measure_bandwidth(threads);
     const std::vector<std::string> problems = known_problems(threads);
     if (c.doctor.json) {
         std::printf("%s\n", json_text({{"environment", environment},

@@ -12,12 +12,13 @@
 #include "llmc/kernels/random.h"
 
 class Decoder {
-   public:
+public:
     // `rank` has been planned for inference with chunks of the whole context.
     explicit Decoder(Rank& rank)
         : rank_(rank), ctx_{rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, 1} {
         const GptConfig& g = rank.options.model;
-        memory_.resize(size_t(g.layers * bytes_of<StoreTensor>(g.context, g) + bytes_of<ResidualTensor>(g.context, g)) + 64);
+        memory_.resize(size_t(g.layers * bytes_of<StoreTensor>(g.context, g) + bytes_of<ResidualTensor>(g.context, g)) +
+                       64);
         Allocator place{memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64};
         for (int64_t l = 0; l < g.layers; ++l) stores_.push_back(StoreTensor(place, g.context, g).rows);
         layer_output_ = ResidualTensor(place, g.context, g).rows;
@@ -50,7 +51,7 @@ class Decoder {
         return head_logits(ctx_, rank_.w, HeadWorkspace(workspace, 1, g), x.row_range(N - 1, 1)).data;
     }
 
-   private:
+private:
     Rank& rank_;
     BlockContext ctx_;
     std::vector<std::byte> memory_;

@@ -1,16 +1,18 @@
-// The model that --checkpoint names, for the commands that read one: a checkpoint directory, a run directory (its newest
-// verified checkpoint), or any directory of Hugging Face GPT-2 weights.
+// The model that --checkpoint names, for the commands that read one: a checkpoint directory, a run directory (its
+// newest verified checkpoint), or any directory of Hugging Face GPT-2 weights.
 #pragma once
 
 #include <cstdio>
+#include <filesystem>
 #include <string>
 
 #include "llmc/io/checkpoint.h"
 #include "llmc/io/config.h"
+#include "llmc/io/log.h"
 #include "llmc/parallel/rank.h"
 
 class ModelFile {
-   public:
+public:
     explicit ModelFile(const Config& c) : config_(c), directory_(c.run.checkpoint) {
         if (path_exists(checkpoint_root(directory_)) || path_exists(directory_ + "/" + manifest_name)) {
             const FoundCheckpoint found = find_checkpoint(directory_);
@@ -18,26 +20,48 @@ class ModelFile {
             directory_ = found.directory;
             tokenizer_ = found.manifest.state.tokenizer;
         } else if (!path_exists(directory_ + "/config.json")) {
-            throw Failure(EXIT_CHECKPOINT, "--checkpoint " + directory_ + " holds neither checkpoints of a run nor a model; name a "
-                                           "run directory such as runs/demo, one of its checkpoints, or a Hugging Face GPT-2");
+            throw Failure(EXIT_CHECKPOINT,
+                          "--checkpoint " + directory_ +
+                              " holds neither checkpoints of a run nor a model; name a "
+                              "run directory such as runs/demo, one of its checkpoints, or a Hugging Face GPT-2");
         }
+        const bool ours = std::filesystem::path(directory_).filename().string().starts_with("step-");
+        if (ours && !path_exists(directory_ + "/" + manifest_name))
+            throw Failure(EXIT_CHECKPOINT, directory_ + " has lost its " + manifest_name + " and cannot be verified");
         model_ = read_model_config(directory_);
+        if (!c.data.tokenizer.empty()) tokenizer_ = c.data.tokenizer;
         if (tokenizer_.empty()) tokenizer_ = model_.vocab == 257 ? "bytes" : "gpt2";
+        if (tokenizer_vocab(tokenizer_) > model_.vocab)
+            throw Failure(EXIT_CONFIG, "the tokenizer " + tokenizer_ + " has " +
+                                           std::to_string(tokenizer_vocab(tokenizer_)) + " tokens, the model in " +
+                                           directory_ + " has " + std::to_string(model_.vocab) +
+                                           "; name the right one with --tokenizer");
     }
 
     const std::string& directory() const { return directory_; }
     const std::string& tokenizer_name() const { return tokenizer_; }
 
-    // Options of a rank for inference, with chunks of the whole context unless --chunk-tokens says otherwise.
+    // Options of a rank for inference, with chunks of the whole context unless --chunk-tokens says otherwise. Refuses
+    // what does not fit into memory.
     RankOptions rank_options() const {
-        const int64_t chunk = config_.is_given("chunk-tokens") ? config_.data.chunk_tokens : model_.context;
-        return {model_, Recompute::none, chunk, config_.compute.mlp_chunk, config_.compute.head_chunk,
-                int(config_.compute.threads), false};
+        const int64_t chunk = config_.data.chunk_tokens ? config_.data.chunk_tokens : model_.context;
+        const RankOptions options{model_,
+                                  Recompute::none,
+                                  chunk,
+                                  config_.compute.mlp_chunk,
+                                  config_.compute.head_chunk,
+                                  int(config_.compute.threads),
+                                  false};
+        const int64_t available = config_.compute.memory ? config_.compute.memory : available_memory();
+        if (const int64_t total = plan_memory(options).total(); total > available)
+            throw Failure(EXIT_MEMORY, "the model takes " + bytes_text(total) + ", " + bytes_text(available) +
+                                           " are available; try smaller --chunk-tokens or --head-chunk");
+        return options;
     }
 
     void load(Rank& rank) const { load(rank, rank.weights); }
 
-   private:
+private:
     const Config& config_;
     std::string directory_, tokenizer_;
     GptConfig model_;
@@ -45,9 +69,11 @@ class ModelFile {
     void load(Rank& rank, floatS* weights) const {
         init_from_huggingface(directory_, {rank.options.model, rank.parameters, weights});
     }
-    template <class X> void load(Rank& rank, X* weights) const {  // files hold more precision than is kept
+    template <class X>
+    void load(Rank& rank, X* weights) const {  // files hold more precision than is kept
         std::vector<floatS> flat(static_cast<size_t>(flat_size(rank.parameters)));
         load(rank, flat.data());
-        copy_rows(rank.device, Matrix<X>(weights, 1, int64_t(flat.size())), Matrix<floatS>(flat.data(), 1, int64_t(flat.size())));
+        copy_rows(rank.device, Matrix<X>(weights, 1, int64_t(flat.size())),
+                  Matrix<floatS>(flat.data(), 1, int64_t(flat.size())));
     }
 };

@@ -156,11 +156,11 @@ inline std::vector<TokenFile> open_token_files(const std::string& patterns) {
 class TokenWriter {
 public:
     TokenWriter(const std::string& prefix, int64_t token_bytes, int64_t shard_tokens)
-        : prefix(prefix), format(token_formats[token_bytes == 4]), shard_tokens(shard_tokens) {
-        glob_t matches = {};
-        if (glob((prefix + "[0-9][0-9][0-9]*.bin").c_str(), 0, nullptr, &matches) == 0)
-            for (size_t i = 0; i < matches.gl_pathc; i++) remove_tree(matches.gl_pathv[i]);
-        globfree(&matches);
+        : prefix(prefix), format(token_formats[token_bytes == 4]), shard_tokens(shard_tokens) {}
+    ~TokenWriter() {  // without finish(), what was written is thrown away
+        shard.reset();
+        std::error_code ignored;
+        for (const std::string& path : shard_paths) std::filesystem::remove(path + unfinished, ignored);
     }
 
     void append(std::span<const int32_t> document) {
@@ -178,14 +178,23 @@ public:
         written += count;
     }
 
+    // Only now do earlier shards of this name go, and the new ones come into sight.
     void finish() {
         if (shard) close_shard();
+        glob_t matches = {};
+        if (glob((prefix + "[0-9][0-9][0-9]*.bin").c_str(), 0, nullptr, &matches) == 0)
+            for (size_t i = 0; i < matches.gl_pathc; i++) remove_tree(matches.gl_pathv[i]);
+        globfree(&matches);
+        for (const std::string& path : shard_paths) rename_path(path + unfinished, path);
+        const std::string directory = std::filesystem::path(prefix).parent_path();
+        sync_directory(directory.empty() ? "." : directory);
     }
 
     const std::vector<std::string>& paths() const { return shard_paths; }
     int64_t size() const { return written; }  // tokens in all shards
 
 private:
+    static constexpr const char* unfinished = ".unfinished";
     std::string prefix;
     TokenFormat format;
     int64_t shard_tokens, in_shard = 0, written = 0;
@@ -197,7 +206,7 @@ private:
         std::string number = std::to_string(shard_paths.size());
         number.insert(0, number.size() < 3 ? 3 - number.size() : 0, '0');
         shard_paths.push_back(prefix + number + ".bin");
-        shard = std::make_unique<FileWriter>(shard_paths.back());
+        shard = std::make_unique<FileWriter>(shard_paths.back() + unfinished);
         const char empty[token_header_bytes] = {};
         shard->append(empty, sizeof empty);
         in_shard = 0;
@@ -206,12 +215,10 @@ private:
     void close_shard() {
         shard->finish();
         shard.reset();
-        const std::string& path = shard_paths.back();
+        const std::string path = shard_paths.back() + unfinished;
         const Descriptor file(::open(path.c_str(), O_WRONLY | O_CLOEXEC));
         const int32_t header[3] = {format.magic, format.version, int32_t(uint32_t(in_shard))};
         if (file < 0 || ::pwrite(file, header, sizeof header, 0) != sizeof header || ::fsync(file) != 0)
             storage_failure("write the header of", path);
-        const std::string directory = std::filesystem::path(path).parent_path();
-        sync_directory(directory.empty() ? "." : directory);
     }
 };

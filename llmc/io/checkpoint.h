@@ -125,6 +125,15 @@ inline std::optional<FoundCheckpoint> find_latest_checkpoint(const std::string& 
     throw Failure(EXIT_CHECKPOINT, message + "\nRestore one from a copy, or train in another run directory.");
 }
 
+// A sentence for messages about failed storage.
+inline std::string last_good_checkpoint(const std::string& run_dir) {
+    try {
+        if (const auto found = find_latest_checkpoint(run_dir))
+            return "The last good checkpoint is " + found->directory + ".";
+    } catch (const Failure&) {}
+    return "There is no good checkpoint.";
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Load
 
@@ -307,12 +316,7 @@ inline void save_checkpoint(const std::string& run_dir, const CheckpointView& vi
     } catch (const Failure& failure) {
         std::error_code ignored;
         std::filesystem::remove_all(hidden, ignored);  // gives a full disk its space back
-        std::string last = "There is no good checkpoint before it.";
-        try {
-            if (const auto found = find_latest_checkpoint(run_dir))
-                last = "The last good checkpoint is " + found->directory + ".";
-        } catch (const Failure&) {}
         throw Failure(EXIT_STORAGE, "The checkpoint of step " + std::to_string(state.step) +
-                                        " could not be saved: " + failure.what() + " " + last);
+                                        " could not be saved: " + failure.what() + " " + last_good_checkpoint(run_dir));
     }
 }

@@ -5,6 +5,7 @@
 // CLI11 takes the command line apart, toml.h the file; both deliver text, and the table in flags.h gives it types.
 #include <CLI/CLI.hpp>
 
+#include <filesystem>
 #include <fstream>
 #include <set>
 #include <string>
@@ -153,9 +154,11 @@ struct ConfigReader {
 
     // One file may serve several commands, so keys of others pass. With keep_sizes, so do those of the model.
     void read_file(const std::string& path, const CommandRow& row, bool keep_sizes) {
+        std::error_code error;
         std::ifstream file(path);
+        if (!file || !std::filesystem::is_regular_file(path, error))
+            throw Failure(EXIT_CONFIG, "--config " + path + " cannot be read; name a TOML file.");
         const std::string text{std::istreambuf_iterator<char>(file), {}};
-        if (!file) throw Failure(EXIT_CONFIG, "--config " + path + " cannot be read; name a TOML file.");
         for (const TomlEntry& entry : TomlReader(path, text).read()) {
             const std::string where = path + ":" + std::to_string(entry.line) + ": " + entry.key;
             const Flag* flag = find_flag(entry.key);

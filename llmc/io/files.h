@@ -13,6 +13,7 @@
 
 // open, pread, fsync; the standard library has no fsync
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -184,6 +185,19 @@ inline void sync_directory(const std::string& path) {
 inline void rename_path(const std::string& from, const std::string& to) {
     if (::rename(from.c_str(), to.c_str()) != 0) storage_failure("rename " + from + " to", to);
 }
+
+// Keeps other processes from training in the same directory as long as it lives.
+class DirectoryLock {
+public:
+    explicit DirectoryLock(const std::string& path) : fd_(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+        if (fd_ < 0) storage_failure("open", path);
+        if (::flock(fd_, LOCK_EX | LOCK_NB) != 0)
+            throw Failure(EXIT_CONFIG, "another process trains in " + path + "; wait for it, or use another --run-dir");
+    }
+
+private:
+    Descriptor fd_;
+};
 
 inline void create_directories(const std::string& path) {
     std::error_code error;

@@ -87,6 +87,8 @@ inline GptConfig model_config_from(const nlohmann::json& config, const std::stri
     for (int64_t size : {model.layers, model.channels, model.heads, model.context, model.vocab})
         if (size < 1 || size > 1 << 30)
             throw Failure(EXIT_DATA, path + " has sizes of a model that are not from 1 to 2^30.");
+    if (model.layers > 10000)
+        throw Failure(EXIT_DATA, path + " has " + std::to_string(model.layers) + " layers; at most 10000 are read.");
     if (model.channels % model.heads != 0)
         throw Failure(EXIT_DATA, path + " has n_embd " + std::to_string(model.channels) + ", no multiple of n_head " +
                                      std::to_string(model.heads) + ".");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -105,11 +106,17 @@ private:
         bar_shown_ = false;
     }
 
-    // The facts, and as much of a bar as the width of the terminal leaves.
+    // The facts, without their names where they would not fit, and as much of a bar as the width leaves.
     void show_bar(std::string text, double part) {
         winsize size{};
         ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size);
         const size_t width = size.ws_col > 1 ? size.ws_col - 1u : 79u;
+        if (text.size() > width)
+            for (const char* name : {"step ", "loss ", "norm ", "lr ", "mfu ", "eta ", " tok/s", "| "})
+                for (size_t at; (at = text.find(name)) != std::string::npos;) {
+                    if (std::string(name) == " tok/s") text.replace(at, 6, "/s");
+                    else text.erase(at, std::strlen(name));
+                }
         if (text.size() + 12 <= width) {
             const size_t bar = std::min<size_t>(width - text.size() - 3, 30), filled = size_t(part * double(bar));
             text = "[" + std::string(filled, '#') + std::string(bar - filled, '.') + "] " + text;

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "llmc/io/files.h"
+#include "llmc/io/json.h"
 
 struct StepRecord {
     int64_t step = 0;  // 0 is the model before the first update
@@ -35,17 +36,35 @@ inline std::string json_line(const StepRecord& record) {
     return line + "}\n";
 }
 
+// The record of json_line, from which null values are left out.
+inline StepRecord record_from_json(const nlohmann::json& json) {
+    StepRecord record;
+    record.step = json.at("step");
+    const auto read = [&](const char* key, auto& value) {
+        if (json.contains(key) && !json.at(key).is_null()) value = json.at(key).get<double>();
+    };
+    read("loss", record.loss);
+    read("val_loss", record.val_loss);
+    read("grad_norm", record.grad_norm);
+    read("lr", record.lr);
+    read("ms", record.ms);
+    read("tokens_per_second", record.tokens_per_second);
+    read("mfu", record.mfu);
+    if (json.contains("memory_bytes")) record.memory_bytes = json.at("memory_bytes").get<int64_t>();
+    return record;
+}
+
 // Appends to the file; each line is one write, so that a reader, or a crash, finds whole lines.
 class MetricsWriter {
 public:
     // Goes on after `resumed_step`: later lines, and a last one torn by a crash, are cut off, since those steps are
-    // taken again. 0 starts anew.
+    // taken again. -1 starts anew.
     MetricsWriter(const std::string& path, int64_t resumed_step)
         : path_(path), fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644)) {
         if (fd_ < 0) storage_failure("open", path_);
         int64_t kept = 0;  // bytes
         std::ifstream file(path);
-        for (std::string line; resumed_step > 0 && std::getline(file, line) && !file.eof();) {
+        for (std::string line; resumed_step >= 0 && std::getline(file, line) && !file.eof();) {
             long long step;
             if (std::sscanf(line.c_str(), "{\"step\":%lld", &step) != 1 || step > resumed_step) break;
             kept += int64_t(line.size()) + 1;

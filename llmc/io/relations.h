@@ -57,6 +57,10 @@ inline const std::vector<Relation>& relation_table() {
             if (c.data.packing != "contiguous" || !T || B % T == 0) return "";
             return "a step takes whole windows; use --batch-tokens " + to_string(round_up(B, T));
         }},
+        {TRAIN, {"batch-tokens", "context", "packing"}, [](const Config& c) -> string {
+            if (c.data.packing != "documents" || c.data.batch_tokens >= c.model.context) return "";
+            return "a document may be as long as the context; use --batch-tokens " + to_string(c.model.context);
+        }},
         {TRAIN | EVAL, {"chunk-tokens", "context", "packing"}, [](const Config& c) -> string {
             const int64_t N = c.data.chunk_tokens, T = c.model.context;
             if (c.data.packing != "contiguous" || !T || !N || N % T == 0 || T % N == 0) return "";
@@ -88,9 +92,10 @@ inline const std::vector<Relation>& relation_table() {
             return c.run.dir.empty() ? "metrics and checkpoints need a directory; use --run-dir runs/train" : "";
         }},
         {TRAIN, {"run-dir", "resume"}, [](const Config& c) -> string {
-            const std::filesystem::path dir = c.run.dir;
+            std::error_code error;  // a path that cannot even be looked up is refused when it is made
+            const auto holds = [&](const char* name) { return std::filesystem::exists(c.run.dir + name, error); };
             if (c.run.dir.empty() || c.run.resume || c.run.dry_run) return "";
-            if (!std::filesystem::exists(dir / "metrics.jsonl") && !std::filesystem::exists(dir / "LATEST")) return "";
+            if (!holds("/metrics.jsonl") && !holds("/checkpoints")) return "";
             return "the directory holds a run; use --resume to continue it, or --run-dir " + c.run.dir + "-2";
         }},
         {GENERATE | EVAL, {"checkpoint"}, [](const Config& c) -> string {

@@ -1,5 +1,5 @@
 // Signals, as README "Signals" lists them. They are blocked in every thread and taken by one that waits for nothing
-// else, so none interrupts a kernel or a write; the training loop asks between ops what has been wished for.
+// else, so none interrupts a kernel or a write; the training loop asks between steps what has been wished for.
 //   SIGUSR1                      checkpoint at the next step boundary, go on
 //   SIGUSR2, SIGTERM, SIGINT     checkpoint, exit 75
 //   second SIGINT or SIGTERM     exit now, 130 or 143

@@ -1,5 +1,5 @@
 // The part of TOML that a configuration needs: tables, dotted keys, strings ("basic" and 'literal'), numbers, booleans,
-// arrays of them, comments. Values stay text; the flag table in config.h, which calls this, knows their types.
+// arrays of them, comments. Values stay text; the flag table in flags.h, which calls this, knows their types.
 #pragma once
 
 #include <cstdio>

@@ -12,15 +12,20 @@ struct Allocator {
     std::byte* base = nullptr;
     int64_t used = 0;  // bytes
 
-    template <class T> T* take(int64_t count) {
+    template <class T>
+    T* take(int64_t count) {
         T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
         used += round_up(count * int64_t(sizeof(T)), 64);
         return p;
     }
-    template <class T> Matrix<T> take(int64_t rows, int64_t cols) { return {take<T>(rows * cols), rows, cols}; }
+    template <class T>
+    Matrix<T> take(int64_t rows, int64_t cols) {
+        return {take<T>(rows * cols), rows, cols};
+    }
 };
 
-template <class Tensors, class... Arguments> int64_t bytes_of(const Arguments&... arguments) {
+template <class Tensors, class... Arguments>
+int64_t bytes_of(const Arguments&... arguments) {
     Allocator counter;
     Tensors(counter, arguments...);
     return counter.used;
@@ -53,10 +58,10 @@ struct AttentionActivations {
 };
 
 struct PostActivations {
-    Matrix<floatR> residual;    // [N, C], input of the second LayerNorm
-    Matrix<floatX> ln2;         // [N, C]
-    floatS *mean, *rstd;        // [N]
-    Matrix<floatX> fc, gelu;    // [N, 4C], before and after GELU
+    Matrix<floatR> residual;  // [N, C], input of the second LayerNorm
+    Matrix<floatX> ln2;       // [N, C]
+    floatS *mean, *rstd;      // [N]
+    Matrix<floatX> fc, gelu;  // [N, 4C], before and after GELU
     PostActivations(Allocator& a, int64_t N, const GptConfig& g)
         : residual(a.take<floatR>(N, g.channels)),
           ln2(a.take<floatX>(N, g.channels)),
@@ -101,7 +106,7 @@ struct QkvGradient {
 
 struct PostWorkspace {
     PostActivations activations;
-    Matrix<floatX> branch;      // [n, C], output of the projection, then of the MLP, before it joins the residual stream
+    Matrix<floatX> branch;  // [n, C], output of the projection, then of the MLP, before it joins the residual stream
     Matrix<floatX> d_residual;  // [n, C], gradient of the residual stream as matrix products read it
     Matrix<floatX> d_fc;        // [n, 4C]
     Matrix<floatX> d_ln2;       // [n, C]

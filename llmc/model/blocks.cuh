@@ -4,12 +4,14 @@
 //   embed           tokens               -> x(0)                  x(0) = wte[token] + wpe[position]
 //   pre_attention   x(l)                 -> q, k, v               LayerNorm, then one product for all three
 //   attention       q, k, v              -> o, lse                causal within each segment; no parameters
-//   post_attention  x(l), o              -> x(l+1)                r = x + proj(o);  x' = r + out(gelu(fc(LayerNorm(r))))
-//   head            x(L), targets        -> loss                  LayerNorm, logits, cross entropy
+//   post_attention  x(l), o              -> x(l+1)                r = x + proj(o);  x' = r +
+//   out(gelu(fc(LayerNorm(r)))) head            x(L), targets        -> loss                  LayerNorm, logits, cross
+//   entropy
 //
 // Backward functions add to the gradients of their parameters (floatS) and update d_residual, the gradient of the
-// residual stream, in place from x(L) down to x(0). All ops but attention work row by row, so they may handle any number
-// of rows at a time: --mlp-chunk bounds the [n, 4C] tensors and --head-chunk the [n, Vp] ones (HelixPipe, chunked MLP).
+// residual stream, in place from x(L) down to x(0). All ops but attention work row by row, so they may handle any
+// number of rows at a time: --mlp-chunk bounds the [n, 4C] tensors and --head-chunk the [n, Vp] ones (HelixPipe,
+// chunked MLP).
 #pragma once
 
 #include <optional>
@@ -36,7 +38,8 @@ struct BlockContext {
 };
 
 // Calls body(begin, count) for consecutive ranges of at most `chunk` rows.
-template <class Body> void for_row_ranges(int64_t N, int64_t chunk, Body body) {
+template <class Body>
+void for_row_ranges(int64_t N, int64_t chunk, Body body) {
     const int64_t n = rows_at_a_time(chunk, N);
     for (int64_t begin = 0; begin < N; begin += n) body(begin, std::min(n, N - begin));
 }
@@ -85,8 +88,8 @@ inline void pre_attention_backward(BlockContext ctx, const LayerTensors<floatX>&
 // ---------------------------------------------------------------------------------------------------------------------
 // attention
 
-// One segment of a chunk as attention sees it: rows [begin, begin + length) of the chunk, after `context` earlier tokens
-// of the same sequence. The keys and values of a slice lie in its sequence's store, all others in qkv.
+// One segment of a chunk as attention sees it: rows [begin, begin + length) of the chunk, after `context` earlier
+// tokens of the same sequence. The keys and values of a slice lie in its sequence's store, all others in qkv.
 struct SegmentRows {
     int64_t begin, length, context;
     bool sliced;
@@ -162,7 +165,8 @@ inline void post_attention_hidden(const BlockContext& ctx, const LayerTensors<fl
 
 // `kept` is where mode `none` keeps the activations for the backward pass; the other modes have none.
 inline void post_attention_forward(BlockContext ctx, const LayerTensors<floatX>& w, Matrix<floatR> y /*[N, C]*/,
-                                   const std::optional<PostActivations>& kept, Matrix<const floatR> x, Matrix<const floatX> o) {
+                                   const std::optional<PostActivations>& kept, Matrix<const floatR> x,
+                                   Matrix<const floatX> o) {
     const int64_t N = x.rows, C = ctx.config.channels;
     const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
     for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
@@ -176,14 +180,16 @@ inline void post_attention_forward(BlockContext ctx, const LayerTensors<floatX>&
 
 // The residual gradient as matrix products read it: the same memory where the types agree, else a cast copy.
 inline Matrix<const floatX> as_product_operand(const Device&, Matrix<floatX>, Matrix<floatX> rows) { return rows; }
-template <class R> Matrix<const floatX> as_product_operand(const Device& device, Matrix<floatX> copy, Matrix<R> rows) {
+template <class R>
+Matrix<const floatX> as_product_operand(const Device& device, Matrix<floatX> copy, Matrix<R> rows) {
     copy_rows(device, copy, rows);
     return copy;
 }
 
 inline void post_attention_backward(BlockContext ctx, const LayerTensors<floatX>& w, const LayerTensors<floatS>& dw,
                                     Matrix<floatR> d_residual, Matrix<floatX> d_out /*[N, C]*/,
-                                    const std::optional<PostActivations>& kept, Matrix<const floatR> x, Matrix<const floatX> o) {
+                                    const std::optional<PostActivations>& kept, Matrix<const floatR> x,
+                                    Matrix<const floatX> o) {
     const int64_t N = x.rows, C = ctx.config.channels;
     const Device& device = ctx.device;
     const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
@@ -199,8 +205,7 @@ inline void post_attention_backward(BlockContext ctx, const LayerTensors<floatX>
         matmul_backward_weight(device, {dw.out_weight, C, 4 * C}, dw.out_bias, d_branch, a.gelu);
         matmul_backward_input(device, d_ln2, d_fc, {w.fc_weight, 4 * C, C});
         matmul_backward_weight(device, {dw.fc_weight, 4 * C, C}, dw.fc_bias, d_fc, a.ln2);
-        layernorm_backward(device, d_rows, dw.ln2_weight, dw.ln2_bias, d_ln2, a.residual, a.mean, a.rstd,
-                           w.ln2_weight);
+        layernorm_backward(device, d_rows, dw.ln2_weight, dw.ln2_bias, d_ln2, a.residual, a.mean, a.rstd, w.ln2_weight);
 
         d_branch = as_product_operand(device, ws.d_residual.row_range(0, n), d_rows);
         matmul_backward_input(device, d_out.row_range(begin, n), d_branch, {w.proj_weight, C, C});
@@ -235,8 +240,8 @@ inline double head_forward(BlockContext ctx, const ModelTensors<floatX>& w, Matr
     return total;
 }
 
-// Loss and gradient in one pass: at most one chunk of logits is alive. `loss_scale` is one over the number of targets in
-// the whole step, on all ranks: the only place where anything is divided by it. Creates d_residual.
+// Loss and gradient in one pass: at most one chunk of logits is alive. `loss_scale` is one over the number of targets
+// in the whole step, on all ranks: the only place where anything is divided by it. Creates d_residual.
 inline double head_backward(BlockContext ctx, const ModelTensors<floatX>& w, const ModelTensors<floatS>& dw,
                             Matrix<floatR> d_residual, Matrix<const floatR> x, const int32_t* targets,
                             floatS loss_scale, floatS* losses = nullptr) {

@@ -115,7 +115,8 @@ inline void initialize_parameters(floatS* values, const GptConfig& g, uint64_t s
 // ---------------------------------------------------------------------------------------------------------------------
 // The parameters by name in the program: pointers into one flat buffer, of weights (floatX) or of gradients (floatS).
 
-template <class T> struct LayerTensors {
+template <class T>
+struct LayerTensors {
     T *ln1_weight, *ln1_bias;    // [C]
     T *qkv_weight, *qkv_bias;    // [3C, C], [3C]
     T *proj_weight, *proj_bias;  // [C, C], [C]
@@ -124,14 +125,16 @@ template <class T> struct LayerTensors {
     T *out_weight, *out_bias;    // [C, 4C], [C]
 };
 
-template <class T> struct ModelTensors {
+template <class T>
+struct ModelTensors {
     T *wte, *wpe;  // [Vp, C], [T, C]
     std::vector<LayerTensors<T>> layers;
     T *lnf_weight, *lnf_bias;  // [C]
     T* head;                   // [Vp, C]; equals wte when tied
 };
 
-template <class T> ModelTensors<T> bind_tensors(T* flat, const std::vector<Parameter>& table, const GptConfig& g) {
+template <class T>
+ModelTensors<T> bind_tensors(T* flat, const std::vector<Parameter>& table, const GptConfig& g) {
     size_t next = 0;
     auto take = [&] { return flat + table[next++].offset; };  // in the order of parameter_table
     ModelTensors<T> m;

@@ -32,8 +32,8 @@ inline int64_t kernel_scratch_bytes(const RankOptions& o) {
 
 inline Plan plan_pattern(const RankOptions& o, const std::vector<int>& group_sizes, bool training) {
     std::vector<ChunkShape> shapes = chunk_shapes(group_sizes, o.chunk_tokens, o.model.context);
-    std::vector<Op> ops = training ? accumulate_schedule(int(o.model.layers), shapes)
-                                   : evaluate_schedule(int(o.model.layers), shapes);
+    std::vector<Op> ops =
+        training ? accumulate_schedule(int(o.model.layers), shapes) : evaluate_schedule(int(o.model.layers), shapes);
     return make_plan(std::move(ops), std::move(shapes), o.model, o.recompute, training);
 }
 
@@ -71,15 +71,17 @@ struct Rank {
     std::byte* activations = nullptr;
     std::byte* workspace = nullptr;
 
-    std::atomic<const Op*> current_op = nullptr;  // for SIGQUIT
+    std::atomic<const Op*> current_op = nullptr;       // for SIGQUIT
     const int64_t resident_before = resident_bytes();  // of the process, before the arena is mapped
 
     explicit Rank(const RankOptions& o) : options(o), memory(plan_memory(o)), parameters(parameter_table(o.model)) {
         const size_t bytes = size_t(memory.total());
-        void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* mapping =
+            mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (mapping == MAP_FAILED)
-            throw Failure(EXIT_MEMORY, "cannot map " + std::to_string(bytes >> 20) + " MiB for the arena: " +
-                                           std::strerror(errno) + "; choose a smaller model, --chunk-tokens or --head-chunk");
+            throw Failure(EXIT_MEMORY, "cannot map " + std::to_string(bytes >> 20) +
+                                           " MiB for the arena: " + std::strerror(errno) +
+                                           "; choose a smaller model, --chunk-tokens or --head-chunk");
         madvise(mapping, bytes, MADV_HUGEPAGE);  // fewer TLB misses while operands are packed
         base = static_cast<std::byte*>(mapping);
 
@@ -111,7 +113,7 @@ struct Rank {
         return place->second;
     }
 
-   private:
+private:
     std::byte* base = nullptr;
     std::map<std::pair<bool, std::vector<int>>, Plan> plans;
 };

@@ -1,11 +1,12 @@
-// Addresses for tensors whose lifetimes are known. The longest-lived come first, each at the lowest address that is free
-// during its whole life. What a pipeline keeps for its backward pass then lies at the bottom like a stack, and the
+// Addresses for tensors whose lifetimes are known. The longest-lived come first, each at the lowest address that is
+// free during its whole life. What a pipeline keeps for its backward pass then lies at the bottom like a stack, and the
 // short-lived tensors share the space above. The end comes out at, or close to, the largest sum of bytes alive at once,
 // which is the least possible; `live_peak` tells the difference.
 #pragma once
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "llmc/common.h"
@@ -23,6 +24,25 @@ struct ArenaSize {
 
 constexpr int64_t arena_alignment = 64;  // bytes: a cache line, and one AVX-512 register
 
+using AddressRange = std::pair<int64_t, int64_t>;  // [begin, end)
+
+// The tensors placed so far that live in one span of consecutive ops. Those that live through all of it are remembered
+// only by the addresses that they cover together: of thousands stacked on one another, a range or two remain.
+struct ArenaSpan {
+    static constexpr int ops = 64;
+    std::vector<AddressRange> covered;  // sorted, neither overlapping nor adjacent
+    std::vector<size_t> partial;        // tensors that are born or die in this span
+
+    void cover(AddressRange range) {
+        auto at = std::lower_bound(covered.begin(), covered.end(), range);
+        if (at != covered.begin() && std::prev(at)->second >= range.first) range.first = (--at)->first;
+        auto end = at;
+        for (; end != covered.end() && end->first <= range.second; ++end)
+            range.second = std::max(range.second, end->second);
+        covered.insert(covered.erase(at, end), range);
+    }
+};
+
 // `op_count` bounds first and last.
 inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count) {
     ArenaSize size;
@@ -39,26 +59,32 @@ inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count) {
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
         return tensors[a].last - tensors[a].first > tensors[b].last - tensors[b].first;
     });
-    // The tensors placed so far, listed under every span of ops that they live in, so that each looks at few others.
-    constexpr int span = 64;
-    std::vector<std::vector<size_t>> placed(size_t(op_count / span) + 1);
-    std::vector<size_t> seen_by(tensors.size(), SIZE_MAX), neighbours;
+    std::vector<ArenaSpan> spans(size_t(op_count / ArenaSpan::ops) + 1);
+    std::vector<AddressRange> taken;  // while the tensor lives
     for (size_t i : order) {
         Lifetime& t = tensors[i];
-        neighbours.clear();
-        for (int s = t.first / span; s <= t.last / span; ++s)
-            for (size_t n : placed[size_t(s)]) {
-                if (seen_by[n] == i || tensors[n].last < t.first || t.last < tensors[n].first) continue;
-                seen_by[n] = i;
-                neighbours.push_back(n);
-            }
-        std::sort(neighbours.begin(), neighbours.end(), [&](size_t a, size_t b) { return tensors[a].offset < tensors[b].offset; });
-        for (size_t n : neighbours) {
-            if (t.offset + t.bytes <= tensors[n].offset) break;  // fits below
-            t.offset = std::max(t.offset, round_up(tensors[n].offset + tensors[n].bytes, arena_alignment));
+        const int first_span = t.first / ArenaSpan::ops, last_span = t.last / ArenaSpan::ops;
+        const int64_t bytes = round_up(t.bytes, arena_alignment);
+        taken.clear();
+        for (int s = first_span; s <= last_span; ++s) {
+            const ArenaSpan& span = spans[size_t(s)];
+            taken.insert(taken.end(), span.covered.begin(), span.covered.end());
+            for (size_t n : span.partial)
+                if (tensors[n].first <= t.last && t.first <= tensors[n].last)
+                    taken.push_back(
+                        {tensors[n].offset, tensors[n].offset + round_up(tensors[n].bytes, arena_alignment)});
         }
-        size.bytes = std::max(size.bytes, round_up(t.offset + t.bytes, arena_alignment));
-        for (int s = t.first / span; s <= t.last / span; ++s) placed[size_t(s)].push_back(i);
+        std::sort(taken.begin(), taken.end());
+        for (const AddressRange& range : taken) {
+            if (t.offset + bytes <= range.first) break;  // fits below
+            t.offset = std::max(t.offset, range.second);
+        }
+        size.bytes = std::max(size.bytes, t.offset + bytes);
+        for (int s = first_span; s <= last_span; ++s) {
+            const bool whole = t.first <= s * ArenaSpan::ops && (s + 1) * ArenaSpan::ops - 1 <= t.last;
+            if (whole) spans[size_t(s)].cover({t.offset, t.offset + bytes});
+            else spans[size_t(s)].partial.push_back(i);
+        }
     }
     return size;
 }

@@ -61,15 +61,15 @@ struct ChunkShape {
 
 // The tensors (or small sets of tensors, llmc/model/activations.h) that live longer than one op.
 enum class Tensor {
-    residual,      // input of layer l, output of layer l-1; l = L is the head's input
-    pre,           // LayerNorm output and statistics, queries, keys, values
-    attention,     // attention output, log-sum-exp
-    post,          // everything between attention output and layer output, kept when nothing is recomputed
-    store,         // keys and values of a sequence cut into slices
-    d_residual,    // gradient of the residual stream, updated in place from head to embed
-    d_attention,   // gradient of the attention output
-    d_qkv,         // gradient of queries, keys, values
-    d_store,       // gradients of keys and values of a cut sequence, summed over its later slices
+    residual,     // input of layer l, output of layer l-1; l = L is the head's input
+    pre,          // LayerNorm output and statistics, queries, keys, values
+    attention,    // attention output, log-sum-exp
+    post,         // everything between attention output and layer output, kept when nothing is recomputed
+    store,        // keys and values of a sequence cut into slices
+    d_residual,   // gradient of the residual stream, updated in place from head to embed
+    d_attention,  // gradient of the attention output
+    d_qkv,        // gradient of queries, keys, values
+    d_store,      // gradients of keys and values of a cut sequence, summed over its later slices
 };
 
 enum class Access { create, update, read };
@@ -90,7 +90,9 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, Recompute re
     auto read = [&](Tensor t, int layer, int owner) { list.push_back({t, layer, owner, Access::read}); };
 
     if (op.pass == Pass::F) switch (op.part) {
-            case Part::embed: create(Tensor::residual, 0, c); break;
+            case Part::embed:
+                create(Tensor::residual, 0, c);
+                break;
             case Part::pre:
                 read(Tensor::residual, l, c);
                 create(Tensor::pre, l, c);
@@ -106,7 +108,9 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, Recompute re
                 create(Tensor::residual, l + 1, c);
                 if (training && recompute == Recompute::none) create(Tensor::post, l, c);
                 break;
-            case Part::head: read(Tensor::residual, layers, c); break;
+            case Part::head:
+                read(Tensor::residual, layers, c);
+                break;
         }
     else switch (op.part) {
             case Part::head:  // loss and gradient in one pass
@@ -147,7 +151,9 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, Recompute re
                 read(Tensor::d_qkv, -1, c);
                 update(Tensor::d_residual, -1, c);
                 break;
-            case Part::embed: read(Tensor::d_residual, -1, c); break;
+            case Part::embed:
+                read(Tensor::d_residual, -1, c);
+                break;
         }
     return list;
 }

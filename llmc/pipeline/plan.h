@@ -33,14 +33,22 @@ inline int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptCon
     const int64_t N = shape.tokens;
     switch (tensor) {
         case Tensor::residual:
-        case Tensor::d_residual: return bytes_of<ResidualTensor>(N, g);
-        case Tensor::pre: return bytes_of<PreActivations>(N, g);
-        case Tensor::attention: return bytes_of<AttentionActivations>(N, g);
-        case Tensor::post: return bytes_of<PostActivations>(N, g);
-        case Tensor::d_attention: return bytes_of<AttentionGradient>(N, g);
-        case Tensor::d_qkv: return bytes_of<QkvGradient>(N, g);
-        case Tensor::store: return bytes_of<StoreTensor>(shape.store_tokens, g);
-        case Tensor::d_store: return bytes_of<StoreGradient>(shape.store_tokens, g);
+        case Tensor::d_residual:
+            return bytes_of<ResidualTensor>(N, g);
+        case Tensor::pre:
+            return bytes_of<PreActivations>(N, g);
+        case Tensor::attention:
+            return bytes_of<AttentionActivations>(N, g);
+        case Tensor::post:
+            return bytes_of<PostActivations>(N, g);
+        case Tensor::d_attention:
+            return bytes_of<AttentionGradient>(N, g);
+        case Tensor::d_qkv:
+            return bytes_of<QkvGradient>(N, g);
+        case Tensor::store:
+            return bytes_of<StoreTensor>(shape.store_tokens, g);
+        case Tensor::d_store:
+            return bytes_of<StoreGradient>(shape.store_tokens, g);
     }
     throw std::logic_error("tensor of unknown kind");
 }

@@ -6,7 +6,7 @@
 #include "llmc/pipeline/plan.h"
 
 struct Step {
-    std::vector<ChunkTokens> chunks;                // tokens, targets and positions of each
+    std::vector<ChunkTokens> chunks;                 // tokens, targets and positions of each
     std::vector<std::vector<SegmentRows>> segments;  // of each chunk
     std::vector<int> group_sizes;                    // chunks of each cut sequence, 1 for every other chunk
     int64_t tokens = 0, targets = 0;
