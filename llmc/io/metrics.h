@@ -17,39 +17,40 @@ struct StepRecord {
     std::optional<int64_t> memory_bytes = {};
 };
 
+struct MetricKey {
+    const char* name;
+    std::optional<double> StepRecord::*value;
+};
+inline constexpr MetricKey metric_keys[] = {
+    {"loss", &StepRecord::loss},
+    {"val_loss", &StepRecord::val_loss},
+    {"grad_norm", &StepRecord::grad_norm},
+    {"lr", &StepRecord::lr},
+    {"ms", &StepRecord::ms},
+    {"tokens_per_second", &StepRecord::tokens_per_second},
+    {"mfu", &StepRecord::mfu},
+};
+
 inline std::string json_line(const StepRecord& record) {
     std::string line = "{\"step\":" + std::to_string(record.step);
-    const auto add = [&](const char* key, const std::optional<double>& value) {
-        if (!value) return;
+    for (const MetricKey& key : metric_keys) {
+        const std::optional<double>& value = record.*key.value;
+        if (!value) continue;
         char text[40];
         std::snprintf(text, sizeof text, std::isfinite(*value) ? "%.17g" : "null", *value);
-        line += std::string(",\"") + key + "\":" + text;
-    };
-    add("loss", record.loss);
-    add("val_loss", record.val_loss);
-    add("grad_norm", record.grad_norm);
-    add("lr", record.lr);
-    add("ms", record.ms);
-    add("tokens_per_second", record.tokens_per_second);
-    add("mfu", record.mfu);
+        line += std::string(",\"") + key.name + "\":" + text;
+    }
     if (record.memory_bytes) line += ",\"memory_bytes\":" + std::to_string(*record.memory_bytes);
     return line + "}\n";
 }
 
-// The record of json_line, from which null values are left out.
+// The record of such a line; what was not finite is not known any more.
 inline StepRecord record_from_json(const nlohmann::json& json) {
     StepRecord record;
     record.step = json.at("step");
-    const auto read = [&](const char* key, auto& value) {
-        if (json.contains(key) && !json.at(key).is_null()) value = json.at(key).get<double>();
-    };
-    read("loss", record.loss);
-    read("val_loss", record.val_loss);
-    read("grad_norm", record.grad_norm);
-    read("lr", record.lr);
-    read("ms", record.ms);
-    read("tokens_per_second", record.tokens_per_second);
-    read("mfu", record.mfu);
+    for (const MetricKey& key : metric_keys)
+        if (json.contains(key.name) && !json.at(key.name).is_null())
+            record.*key.value = json.at(key.name).get<double>();
     if (json.contains("memory_bytes")) record.memory_bytes = json.at("memory_bytes").get<int64_t>();
     return record;
 }
