@@ -6,6 +6,8 @@ PRECISION ?= fp32
 # A directory of header-only libraries (CLI/, nlohmann/, xxhash.h), for machines where no package can be installed.
 DEPS      ?=
 CXX       ?= g++
+# MPI, for ranks as processes: auto (use it if a program can be built with it) or no. Without it ranks are threads.
+MPI       ?= auto
 
 PRECISION_fp32 := -DPRECISION_FP32
 PRECISION_bf16 := -DPRECISION_BF16
@@ -23,6 +25,13 @@ BASE      := -std=c++20 -march=x86-64-v3 -fopenmp -ffp-contract=fast -fno-math-e
 CXXFLAGS  ?= -O3
 BUILD     := build/$(DEVICE)-$(PRECISION)
 COMPILE    = @mkdir -p $(@D) && echo "  build  $@" && $(CXX) $(BASE) -MF $@.d
+
+# `mpicc -show`, of Open MPI and of MPICH, prints the compiler and its flags. They count if they build a program.
+MPI_FLAGS := $(if $(filter auto,$(MPI)),$(shell mpicc -show 2>/dev/null | cut -d' ' -f2-))
+MPI_FLAGS := $(MPI_FLAGS:-I%=-isystem %) $(if $(MPI_FLAGS),-DUSE_MPI)
+MPI_LINE   = printf '\043include <mpi.h>\nint main() { return MPI_Init(0, 0); }'
+MPI_BUILDS = $(shell $(MPI_LINE) | $(CXX) -x c - -x none -o /dev/null $(MPI_FLAGS) 2>/dev/null && echo yes)
+MPI_FLAGS := $(if $(findstring -DUSE_MPI,$(MPI_FLAGS)),$(if $(MPI_BUILDS),$(MPI_FLAGS)))
 
 UNIT_TESTS := $(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/*_test.cpp))
 FUZZ_TESTS := $(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/fuzz_*.cpp))
@@ -50,19 +59,26 @@ bench:  ## set up (a current PyTorch, too) and build the benchmarks into build/b
 	@scripts/setup.sh --bench
 	@$(MAKE) --no-print-directory train_gpt $(BENCHMARKS)
 
-tests: $(UNIT_TESTS) $(FUZZ_TESTS)
+tests: $(UNIT_TESTS) $(FUZZ_TESTS) $(if $(MPI_FLAGS),build/tests/mpi_check)
 
 train_gpt test_gpt: %: $(BUILD)/% FORCE
 	@ln -sfn $< $@
 
-$(BUILD)/%: %.cu
-	$(COMPILE) $(CXXFLAGS) $(PRECISION_$(PRECISION)) -x c++ $< -o $@
+# What the programs were built with; they are built again when it changes.
+$(BUILD)/flags: FORCE
+	@mkdir -p $(@D) && echo '$(CXX) $(CXXFLAGS) $(MPI_FLAGS)' | cmp -s - $@ || echo '$(CXX) $(CXXFLAGS) $(MPI_FLAGS)' >$@
+
+$(BUILD)/%: %.cu $(BUILD)/flags
+	$(COMPILE) $(CXXFLAGS) $(PRECISION_$(PRECISION)) -x c++ $< -x none -o $@ $(MPI_FLAGS)
 
 build/tests/fuzz_%: dev/tests/fuzz_%.cpp
 	$(COMPILE) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DPRECISION_FP32 $< -o $@
 
 build/tests/%_fp64_test: dev/tests/%_fp64_test.cpp
 	$(COMPILE) -O2 -DPRECISION_FP64 $< -o $@ -lgtest -lgtest_main -pthread
+
+build/tests/mpi_check: dev/tests/mpi_check.cpp
+	$(COMPILE) -O2 -DPRECISION_FP32 $< -o $@ $(MPI_FLAGS)
 
 build/tests/%: dev/tests/%.cpp
 	$(COMPILE) -O2 -DPRECISION_FP32 $< -o $@ -lgtest -lgtest_main -pthread

@@ -62,10 +62,11 @@ void keep_parameters(NamedTensors& tensors, const Rank& rank, const std::string&
 struct Case {
     nlohmann::json json;
     Batch batch;
+    NoTransport transport;
     Rank rank;
 
     explicit Case(const std::string& directory)
-        : json(read_json_file(directory + "/case.json")), batch(batch_of(json)), rank(options_of(json)) {
+        : json(read_json_file(directory + "/case.json")), batch(batch_of(json)), rank(options_of(json), transport) {
         omp_set_num_threads(rank.options.threads);
         read_parameters(rank, SafetensorsReader(directory + "/weights.safetensors"), "", rank.master);
         round_weights(rank);
@@ -88,7 +89,7 @@ private:
         c.compute.recompute = json["recompute"];
         c.compute.mlp_chunk = json["mlp_chunk"], c.compute.head_chunk = json["head_chunk"];
         c.compute.threads = json["threads"];
-        return rank_options(c, true);
+        return rank_options(c, model_of(c), true);
     }
 
     static Batch batch_of(const nlohmann::json& json) {
@@ -121,24 +122,21 @@ public:
     // What op i of the plan has just made.
     void keep(const Plan& plan, size_t i) {
         const Op& op = plan.ops[i];
-        const int64_t N = int64_t(row_of_token[size_t(op.chunk)].size());
+        const OpTensors t{rank, plan, i, int64_t(row_of_token[size_t(op.chunk)].size())};
         const std::string layer = std::to_string(op.layer);
         const auto output_of = [](int l) { return l < 0 ? "embed" : "post." + std::to_string(l) + ".out"; };
         if (op.pass == Pass::F) switch (op.part) {
                 case Part::embed:
                 case Part::post: {
                     const int l = op.layer + 1;
-                    keep(output_of(op.layer), op,
-                         tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::residual, l, N).rows);
+                    keep(output_of(op.layer), op, t.rows<floatR>(Tensor::residual, l));
                     break;
                 }
                 case Part::pre:
-                    keep("pre." + layer + ".qkv", op,
-                         tensor_of_op<PreActivations>(rank, plan, i, Tensor::pre, op.layer, N).qkv);
+                    keep("pre." + layer + ".qkv", op, t.rows<floatX>(Tensor::qkv, op.layer));
                     break;
                 case Part::attention:
-                    keep("attention." + layer + ".out", op,
-                         tensor_of_op<AttentionActivations>(rank, plan, i, Tensor::attention, op.layer, N).out);
+                    keep("attention." + layer + ".out", op, t.rows<floatX>(Tensor::attention_out, op.layer));
                     break;
                 case Part::head:
                     break;
@@ -147,17 +145,14 @@ public:
                 case Part::head:
                 case Part::pre: {
                     const int l = op.part == Part::head ? int(rank.options.model.layers) - 1 : op.layer - 1;
-                    keep("d." + output_of(l), op,
-                         tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::d_residual, -1, N).rows);
+                    keep("d." + output_of(l), op, t.rows<floatR>(Tensor::d_residual, -1));
                     break;
                 }
                 case Part::post:
-                    keep("d.attention." + layer + ".out", op,
-                         tensor_of_op<AttentionGradient>(rank, plan, i, Tensor::d_attention, -1, N).rows);
+                    keep("d.attention." + layer + ".out", op, t.rows<floatX>(Tensor::d_attention, op.layer));
                     break;
                 case Part::attention:
-                    keep("d.pre." + layer + ".qkv", op,
-                         tensor_of_op<QkvGradient>(rank, plan, i, Tensor::d_qkv, -1, N).rows);
+                    keep("d.pre." + layer + ".qkv", op, t.rows<floatX>(Tensor::d_qkv, op.layer));
                     break;
                 case Part::embed:
                     break;
@@ -231,8 +226,9 @@ void logits(const std::string& directory) {
     Config c;
     c.run.checkpoint = json["checkpoint"];
     c.compute.threads = json["threads"];
-    const ModelFile file(c);
-    Rank rank(file.rank_options());
+    NoTransport transport;
+    const ModelFile file(c, transport);
+    Rank rank(file.options(0), transport);
     file.load(rank);
     Decoder decoder(rank);
     const std::vector<int32_t> tokens = json["tokens"];

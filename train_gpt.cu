@@ -24,133 +24,317 @@
 // the rank: model, plan, memory
 #include "llmc/kernels/adamw.cuh"
 #include "llmc/kernels/peak.h"
+#include "llmc/parallel/options.h"
 #include "llmc/parallel/rank.h"
+#include "llmc/parallel/team.h"
 #include "llmc/pipeline/run.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The schedule loop
 
-// A view of the tensor that op i of the plan uses, at its planned address. `rows` is the number of rows that this step
-// has, at most what was planned.
-template <class Tensors>
-Tensors tensor_of_op(const Rank& rank, const Plan& plan, size_t i, Tensor kind, int layer, int64_t rows) {
-    for (const PlacedUse& use : plan.memory[i])
-        if (use.tensor == kind && use.layer == layer) {
-            Allocator place{rank.activations + use.offset};
-            return Tensors(place, rows, rank.options.model);
+// The tensors that an op of the plan takes, as views at their planned addresses; `uses` in llmc/pipeline/op.h lists
+// them. N is the number of rows that the chunk has in this step, at most what was planned.
+struct OpTensors {
+    const Rank& rank;
+    const Plan& plan;
+    size_t op;
+    int64_t N;
+
+    std::byte* find(Tensor tensor, int layer) const {
+        for (const PlacedUse& use : plan.memory[op])
+            if (use.tensor == tensor && use.layer == layer) return rank.activations + use.offset;
+        return nullptr;
+    }
+    Allocator place(Tensor tensor, int layer) const {
+        if (std::byte* address = find(tensor, layer)) return {address};
+        throw std::logic_error("the plan gives no " + std::string(tensor_name(tensor)) + " to " +
+                               op_name(plan.ops[op]));
+    }
+    template <class T>
+    Matrix<T> rows(Tensor tensor, int layer) const {
+        Allocator at = place(tensor, layer);
+        return RowsTensor<T>(at, N, tensor_columns(tensor, rank.options.model)).rows;
+    }
+    NormStatistics ln1_stats(int layer) const {
+        Allocator at = place(Tensor::ln1_stats, layer);
+        return {at, N};
+    }
+    // Received ones; the rank's own where its pre_attention is here.
+    QkvWeights<floatX> qkv_weights(int layer) const {
+        if (!find(Tensor::qkv_weights, layer))
+            return {rank.w.layers[size_t(layer)].qkv_weight, rank.w.layers[size_t(layer)].qkv_bias};
+        Allocator at = place(Tensor::qkv_weights, layer);
+        return {at, rank.options.model};
+    }
+    QkvWeights<floatS> d_qkv_weights(int layer) const {
+        Allocator at = place(Tensor::d_qkv_weights, layer);
+        return {at, rank.options.model};
+    }
+};
+
+// What a send or receive carries.
+void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
+    const Op& op = t.plan.ops[t.op];
+    const int64_t C = t.rank.options.model.channels;
+    const auto append = [&]<class T>(T* data, int64_t count) {
+        transfers.push_back({op.kind == Kind::send, op.peer, data, count * int64_t(sizeof(T))});
+    };
+    const auto append_weights = [&](const auto& weights) {
+        append(weights.weight, 3 * C * C);
+        append(weights.bias, 3 * C);
+    };
+    for (const Use& use : message_contents(op, t.plan.rules)) switch (use.tensor) {
+            case Tensor::residual:
+            case Tensor::d_residual:
+                append(t.rows<floatR>(use.tensor, use.layer).data, t.N * C);
+                break;
+            case Tensor::qkv_weights:
+                append_weights(t.qkv_weights(use.layer));
+                break;
+            case Tensor::d_qkv_weights:
+                append_weights(t.d_qkv_weights(use.layer));
+                break;
+            default:
+                append(t.rows<floatX>(use.tensor, use.layer).data,
+                       t.N * tensor_columns(use.tensor, t.rank.options.model));
         }
-    throw std::logic_error("the plan gives no such tensor to " + op_name(plan.ops[i]));
+}
+
+// One op: its part of the model, forward or backward, on one chunk. Returns the loss of a head, else 0.
+double compute(Rank& rank, const Plan& plan, size_t i, const Step& step, floatS loss_scale, Observer* observer) {
+    const Op& op = plan.ops[i];
+    const TensorRules& rules = plan.rules;
+    const int l = op.layer, L = rules.layers;
+    const int64_t C = rank.options.model.channels;
+    const bool none = rules.recompute == Recompute::none, full = rules.recompute == Recompute::full;
+    const BlockContext ctx{
+        rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
+    const ChunkTokens& chunk = step.chunks[size_t(op.chunk)];
+    const ChunkShape& shape = plan.chunks[size_t(op.chunk)];
+    const std::vector<SegmentRows>& segments = step.segments[size_t(op.chunk)];
+    const auto w = l < 0 ? LayerTensors<floatX>{} : rank.w.layers[size_t(l)];
+    const auto dw = l < 0 || !rules.training ? LayerTensors<floatS>{} : rank.dw.layers[size_t(l)];
+
+    const OpTensors t{rank, plan, i, int64_t(chunk.tokens.size())};
+    const auto x = [&](int layer) { return t.rows<floatR>(Tensor::residual, layer); };
+    const auto ln1 = [&] { return t.rows<floatX>(Tensor::ln1, l); };
+    const auto qkv = [&] { return t.rows<floatX>(Tensor::qkv, l); };
+    const auto attention_out = [&] { return t.rows<floatX>(Tensor::attention_out, l); };
+    const auto lse = [&] { return t.rows<floatS>(Tensor::lse, l); };
+    const auto kept_post = [&]() -> std::optional<PostActivations> {
+        if (!rules.training || !none) return std::nullopt;
+        Allocator at = t.place(Tensor::post, l);
+        return PostActivations(at, t.N, rank.options.model);
+    };
+    const auto d_post = [&] {
+        Allocator at = t.place(Tensor::d_post, l);
+        return PostGradients(at, t.N, rank.options.model, none);
+    };
+    const auto store = [&]<class T>(Tensor tensor, T) {
+        if (shape.store < 0) return Matrix<T>();
+        return OpTensors{rank, plan, i, shape.store_tokens}.rows<T>(tensor, l);
+    };
+    const auto kv_store = [&] { return store(Tensor::store, floatX()); };
+    const auto d_x = [&] { return t.rows<floatR>(Tensor::d_residual, -1); };
+    const auto d_attention = [&] { return t.rows<floatX>(Tensor::d_attention, l); };
+    const auto pre_gradient = [&](int layer) {
+        if (rules.move_qkv) return PreGradient{{}, t.rows<floatX>(Tensor::d_ln1, layer)};
+        return PreGradient{t.rows<floatX>(Tensor::d_qkv, layer), {}};
+    };
+    const auto multiply_moved_qkv = [&] {
+        const QkvWeights<floatX> weights = t.qkv_weights(l);
+        matmul_forward(rank.device, qkv(), ln1(), {weights.weight, 3 * C, C}, weights.bias);
+    };
+    floatS* losses = nullptr;
+    if (observer && op.part == Part::head) {
+        observer->losses[size_t(op.chunk)].resize(size_t(t.N));
+        losses = observer->losses[size_t(op.chunk)].data();
+    }
+
+    if (op.pass == Pass::F) switch (op.part) {
+            case Part::embed:
+                embed_forward(ctx, rank.w, x(0), chunk.tokens.data(), chunk.positions.data());
+                break;
+            case Part::pre:
+                pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l),
+                                      rules.move_qkv ? std::nullopt : std::optional(qkv()), x(l));
+                break;
+            case Part::attention:
+                if (rules.move_qkv) multiply_moved_qkv();
+                attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
+                break;
+            case Part::post:
+                post_attention_forward(ctx, w, x(l + 1), kept_post(), x(l), attention_out());
+                break;
+            case Part::head:
+                return head_forward(ctx, rank.w, x(L), chunk.targets.data(), losses);
+        }
+    if (op.pass == Pass::B) switch (op.part) {
+            case Part::head:
+                return head_backward(ctx, rank.w, rank.dw, d_x(), x(L), chunk.targets.data(), loss_scale, losses);
+            case Part::post: {
+                if (full && !rules.apart) {
+                    pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), qkv(), x(l));
+                    attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
+                }
+                std::optional<NextPre> next;
+                if (l + 1 < L && rules.one_block(l + 1))
+                    next.emplace(rank.w.layers[size_t(l) + 1], rank.dw.layers[size_t(l) + 1], pre_gradient(l + 1));
+                post_attention_backward(ctx, w, dw, d_x(), d_attention(), kept_post(), none ? Matrix<floatR>() : x(l),
+                                        attention_out(), op.split ? std::optional(d_post()) : std::nullopt, next);
+                break;
+            }
+            case Part::attention: {
+                if (!none && rules.move_qkv) multiply_moved_qkv();
+                if (full && rules.apart)
+                    attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
+                if (!none && !full && !rules.apart) pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), qkv(), x(l));
+                const Matrix<floatX> d_qkv = t.rows<floatX>(Tensor::d_qkv, l);
+                attention_block_backward(ctx, d_qkv, d_attention(), attention_out(), lse(), qkv(), kv_store(),
+                                         store(Tensor::d_store, floatS()), segments, shape.last_slice);
+                if (rules.move_qkv) {
+                    const QkvWeights<floatS> d_weights = t.d_qkv_weights(l);
+                    fill_zero(rank.device, d_weights.weight, 3 * C * C);
+                    fill_zero(rank.device, d_weights.bias, 3 * C);
+                    qkv_backward_weight(ctx, d_weights, d_qkv, ln1());
+                    matmul_backward_input(rank.device, t.rows<floatX>(Tensor::d_ln1, l), d_qkv,
+                                          {t.qkv_weights(l).weight, 3 * C, C});
+                }
+                break;
+            }
+            case Part::pre:
+                if (rules.move_qkv) {  // every chunk's gradient was summed by itself, in fp32; its owner adds it
+                    const QkvWeights<floatS> d_weights = t.d_qkv_weights(l);
+                    add_rows(rank.device, Matrix<floatS>(dw.qkv_weight, 1, 3 * C * C),
+                             Matrix<floatS>(d_weights.weight, 1, 3 * C * C));
+                    add_rows(rank.device, Matrix<floatS>(dw.qkv_bias, 1, 3 * C),
+                             Matrix<floatS>(d_weights.bias, 1, 3 * C));
+                }
+                if (rules.one_block(l)) break;  // the rest is part of post's backward, the next op
+                if (rules.apart && !none) pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), std::nullopt, x(l));
+                if (!rules.move_qkv && !op.split)
+                    qkv_backward_weight(ctx, {dw.qkv_weight, dw.qkv_bias}, pre_gradient(l).d_qkv, ln1());
+                pre_attention_backward(ctx, w, dw, d_x(), pre_gradient(l), t.ln1_stats(l), x(l));
+                break;
+            case Part::embed:
+                embed_backward(ctx, rank.dw, d_x(), chunk.tokens.data(), chunk.positions.data());
+                break;
+        }
+    if (op.pass == Pass::W) {
+        if (op.part == Part::pre)
+            qkv_backward_weight(ctx, {dw.qkv_weight, dw.qkv_bias}, t.rows<floatX>(Tensor::d_qkv, l), ln1());
+        if (op.part == Part::post)
+            post_attention_backward_weight(ctx, w, dw, d_post(), kept_post(), none ? Matrix<floatR>() : x(l),
+                                           attention_out());
+    }
+    return 0;
 }
 
 double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer) {
-    const int L = int(rank.options.model.layers);
-    const Recompute recompute = rank.options.recompute;
-    const BlockContext ctx{
-        rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
-    if (observer) observer->losses.resize(step.chunks.size());
+    Progress& progress = rank.transport.progress;
+    struct Posted {
+        int64_t batch, begin, end;  // numbers of the first transfer of the batch, and of the op's own
+        double seconds;             // when
+    };
+    const auto record = [&](EventKind kind, const Op& op, double start, double end) {
+        if (rank.trace) rank.trace->record(kind, op, start - rank.trace_zero, end - rank.trace_zero);
+    };
+    std::vector<Posted> posted(plan.ops.size());  // [send or receive]
+    std::vector<Transfer> transfers;
+    int64_t posted_end = 0;
     double loss = 0;
+    if (observer) observer->losses.resize(step.chunks.size());
 
     for (size_t i = 0; i < plan.ops.size(); ++i) {
         const Op& op = plan.ops[i];
-        rank.current_op = &op;
-        const int l = op.layer;
-        const ChunkTokens& chunk = step.chunks[size_t(op.chunk)];
-        const ChunkShape& shape = plan.chunks[size_t(op.chunk)];
-        const std::vector<SegmentRows>& segments = step.segments[size_t(op.chunk)];
-        const int64_t N = int64_t(chunk.tokens.size());
-        const auto w = l < 0 ? LayerTensors<floatX>{} : rank.w.layers[size_t(l)];
-        const auto dw = l < 0 || !plan.training ? LayerTensors<floatS>{} : rank.dw.layers[size_t(l)];
-
-        // The op's tensors; each op below takes the ones that `uses` in llmc/pipeline/op.h lists for it.
-        const auto x = [&](int layer) {
-            return tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::residual, layer, N).rows;
-        };
-        const auto pre = [&] { return tensor_of_op<PreActivations>(rank, plan, i, Tensor::pre, l, N); };
-        const auto attention = [&] {
-            return tensor_of_op<AttentionActivations>(rank, plan, i, Tensor::attention, l, N);
-        };
-        const auto kept_post = [&] {  // in the modes that recompute, nothing is kept
-            const bool kept = plan.training && recompute == Recompute::none;
-            return kept ? std::optional(tensor_of_op<PostActivations>(rank, plan, i, Tensor::post, l, N))
-                        : std::nullopt;
-        };
-        const auto store = [&] {
-            if (shape.store < 0) return Matrix<floatX>();
-            return tensor_of_op<StoreTensor>(rank, plan, i, Tensor::store, l, shape.store_tokens).rows;
-        };
-        const auto d_store = [&] {
-            if (shape.store < 0) return Matrix<floatS>();
-            return tensor_of_op<StoreGradient>(rank, plan, i, Tensor::d_store, l, shape.store_tokens).rows;
-        };
-        const auto d_x = [&] { return tensor_of_op<ResidualTensor>(rank, plan, i, Tensor::d_residual, -1, N).rows; };
-        const auto d_attention = [&] {
-            return tensor_of_op<AttentionGradient>(rank, plan, i, Tensor::d_attention, -1, N).rows;
-        };
-        const auto d_qkv = [&] { return tensor_of_op<QkvGradient>(rank, plan, i, Tensor::d_qkv, -1, N).rows; };
-        floatS* losses = nullptr;
-        if (observer && op.part == Part::head) {
-            observer->losses[size_t(op.chunk)].resize(size_t(N));
-            losses = observer->losses[size_t(op.chunk)].data();
+        if (op.kind != Kind::compute) {  // the first of a batch: all of it is posted at once
+            transfers.clear();
+            size_t end = i;
+            for (; end < plan.ops.size() && plan.ops[end].kind != Kind::compute && plan.ops[end].batch == op.batch;
+                 ++end) {
+                posted[end].begin = int64_t(transfers.size());
+                append_transfers(transfers,
+                                 {rank, plan, end, int64_t(step.chunks[size_t(plan.ops[end].chunk)].tokens.size())});
+                posted[end].end = int64_t(transfers.size());
+            }
+            const int64_t first = rank.transport.post(transfers);
+            posted_end = first + int64_t(transfers.size());
+            const double now = seconds_now();
+            for (; i < end; ++i) {
+                posted[i] = {first, first + posted[i].begin, first + posted[i].end, now};
+                if (plan.ops[i].kind == Kind::send) record(EventKind::send, plan.ops[i], now, now);
+            }
+            --i;
+            continue;
         }
-
-        if (op.pass == Pass::F) switch (op.part) {
-                case Part::embed:
-                    embed_forward(ctx, rank.w, x(0), chunk.tokens.data(), chunk.positions.data());
-                    break;
-                case Part::pre:
-                    pre_attention_forward(ctx, w, pre(), x(l));
-                    break;
-                case Part::attention:
-                    attention_block_forward(ctx, attention(), pre().qkv, store(), segments);
-                    break;
-                case Part::post:
-                    post_attention_forward(ctx, w, x(l + 1), kept_post(), x(l), attention().out);
-                    break;
-                case Part::head:
-                    loss += head_forward(ctx, rank.w, x(L), chunk.targets.data(), losses);
-                    break;
-            }
-        else switch (op.part) {
-                case Part::head:
-                    loss += head_backward(ctx, rank.w, rank.dw, d_x(), x(L), chunk.targets.data(), loss_scale, losses);
-                    break;
-                case Part::post:
-                    if (recompute == Recompute::full) {
-                        pre_attention_forward(ctx, w, pre(), x(l));
-                        attention_block_forward(ctx, attention(), pre().qkv, store(), segments);
-                    }
-                    post_attention_backward(ctx, w, dw, d_x(), d_attention(), kept_post(), x(l), attention().out);
-                    break;
-                case Part::attention:
-                    if (recompute == Recompute::without_attention) pre_attention_forward(ctx, w, pre(), x(l));
-                    attention_block_backward(ctx, d_qkv(), d_attention(), attention(), pre().qkv, store(), d_store(),
-                                             segments, shape.last_slice);
-                    break;
-                case Part::pre:
-                    pre_attention_backward(ctx, w, dw, d_x(), d_qkv(), pre(), x(l));
-                    break;
-                case Part::embed:
-                    embed_backward(ctx, rank.dw, d_x(), chunk.tokens.data(), chunk.positions.data());
-                    break;
-            }
+        if (const int receive = plan.receive_of[i]; receive >= 0) {
+            // Batches are served in order, so that the earlier ones cost no time; their memory is free from here on.
+            const Op& message = plan.ops[size_t(receive)];
+            const Posted& p = posted[size_t(receive)];
+            const double begin = seconds_now();
+            progress.waiting(message);
+            rank.transport.wait(0, p.batch);
+            rank.transport.wait(p.begin, p.end);
+            const double end = seconds_now();
+            record(EventKind::wait, message, begin, end);
+            record(EventKind::receive, message, p.seconds, end);
+        }
+        progress.computing(op);
+        const double begin = seconds_now();
+        loss += compute(rank, plan, i, step, loss_scale, observer);
+        const double end = seconds_now();
+        rank.busy_seconds += end - begin;
+        record(EventKind::compute, op, begin, end);
         if (observer && observer->after_op) observer->after_op(i);
     }
-    rank.current_op = nullptr;
+    progress.busy_with("the end of its ops");
+    rank.transport.wait(0, posted_end);
     return loss;
 }
 
-// Forward and backward of one batch. Leaves the gradients of the mean loss in rank.gradients; returns that loss.
+// ---------------------------------------------------------------------------------------------------------------------
+// Gradients
+
+// A tied embedding is used at both ends of the model. Where these are on two ranks, each has the weight, and both add
+// up their gradients, in pieces that fit into the activations, which nobody needs between steps.
+void sum_tied_gradients(Rank& rank) {
+    const int first = rank.options.owner(Part::embed, -1), last = rank.options.owner(Part::head, -1);
+    if (!rank.options.model.tied || first == last || (rank.index != first && rank.index != last)) return;
+    const int peer = rank.index == first ? last : first;
+    const Parameter& embedding = rank.parameters.front();
+    floatS* received = reinterpret_cast<floatS*>(rank.activations);
+    // Both ranks take the same pieces, though their arenas differ: a chunk of one layer fits into either.
+    const int64_t piece = rank.options.chunk_tokens * rank.options.model.channels;
+    for (int64_t begin = 0; begin < embedding.size(); begin += piece) {
+        const int64_t n = std::min(piece, embedding.size() - begin), bytes = n * int64_t(sizeof(floatS));
+        floatS* own = rank.gradients + embedding.offset + begin;
+        const Transfer both[] = {{true, peer, own, bytes}, {false, peer, received, bytes}};
+        rank.transport.wait(0, rank.transport.post(both) + 2);
+        add_rows(rank.device, Matrix<floatS>(own, 1, n), Matrix<floatS>(received, 1, n));
+    }
+}
+
+// Forward and backward of one batch. Leaves the gradients of the mean loss in rank.gradients; returns that loss, the
+// same on every rank.
 double compute_gradients(Rank& rank, const Step& step, Observer* observer = nullptr) {
     fill_zero(rank.device, Matrix<floatS>(rank.gradients, 1, flat_size(rank.parameters)));
     const double count = double(std::max<int64_t>(step.targets, 1));
-    return run_ops(rank, rank.plan_for(step.group_sizes, true), step, floatS(1.0 / count), observer) / count;
+    double loss = run_ops(rank, rank.plan_for(step.group_sizes, true), step, floatS(1.0 / count), observer) / count;
+    rank.transport.progress.meeting_all("sum of gradients and losses");
+    sum_tied_gradients(rank);
+    rank.transport.sum({&loss, 1});
+    return loss;
 }
 
 Evaluation evaluate(Rank& rank, const Loader& loader, int64_t batch_tokens, int64_t max_tokens,
                     const std::atomic<bool>* stop) {
     Evaluation total;
     int64_t tokens = 0;
-    for (int64_t sample = 0; sample < loader.samples() && !(stop && *stop);) {
+    for (int64_t sample = 0; sample < loader.samples();) {
+        double stopped = stop && *stop;  // signals reach ranks at different times
+        rank.transport.progress.meeting_all("validation");
+        rank.transport.sum({&stopped, 1});
+        if ((total.ended_early = stopped > 0)) break;
         const int64_t left = max_tokens > 0 ? max_tokens - tokens : batch_tokens;
         const Batch batch = next_batch(loader, sample, std::min(batch_tokens, left), loader.samples());
         if (tokens > 0 && batch.tokens > left) break;  // a batch has one sample at least
@@ -160,6 +344,7 @@ Evaluation evaluate(Rank& rank, const Loader& loader, int64_t batch_tokens, int6
         tokens += batch.tokens;
         sample = batch.next_sample;
     }
+    rank.transport.sum({&total.loss, 1});
     total.loss /= double(std::max<int64_t>(total.targets, 1));
     return total;
 }
@@ -186,15 +371,29 @@ double learning_rate(const Config& c, int64_t step) {
     return t.lr;
 }
 
+// Over all ranks; a tied embedding that lies on two of them counts once.
 double gradient_norm(const Rank& rank) {
-    return std::sqrt(sum_of_squares(rank.device, rank.gradients, flat_size(rank.parameters)));
+    const auto& held = rank.parameters;
+    const int64_t begin = held.size() > 1 && held[0].copy ? held[1].offset : 0;  // a copy comes first
+    double squares = sum_of_squares(rank.device, rank.gradients + begin, flat_size(held) - begin);
+    rank.transport.sum({&squares, 1});
+    return std::sqrt(squares);
 }
 
 // One AdamW update of all parameters. `update` counts from 1.
 void update_parameters(Rank& rank, AdamW adamw) {
+    rank.transport.progress.busy_with("the optimizer");
     for (const Parameter& p : rank.parameters)
         adamw_update(rank.device, rank.weights + p.offset, rank.master + p.offset, rank.gradients + p.offset,
                      rank.m + p.offset, rank.v + p.offset, p.size(), adamw, p.decay);
+}
+
+// The optimizer step of a training step, given the norm of its gradients. `update` is less than `step` where steps have
+// been skipped.
+void clip_and_update(Rank& rank, const Config& c, int64_t step, int64_t update, double norm) {
+    const auto& t = c.training;
+    const double scale = t.clip > 0 && norm > t.clip ? t.clip / norm : 1;
+    update_parameters(rank, {learning_rate(c, step), t.beta1, t.beta2, t.eps, t.weight_decay, update, scale});
 }
 
 // Weights as matrix products read them, from the master weights: after initialisation and loading.
@@ -208,20 +407,27 @@ void round_weights(Rank& rank) {
 // Non-finite steps (README, "Exit codes")
 
 bool weights_are_finite(const Rank& rank) {
-    return first_nonfinite(rank.device, rank.master, flat_size(rank.parameters)) < 0;
+    double wrong = first_nonfinite(rank.device, rank.master, flat_size(rank.parameters)) >= 0;
+    rank.transport.sum({&wrong, 1});
+    return wrong == 0;
 }
 
 // The weight that is not finite, or else the gradient nearest to the loss: the backward pass carries what went wrong
 // from the head towards the embedding.
 std::string name_nonfinite(const Rank& rank) {
-    for (const floatS* flat : {rank.master, rank.gradients})
-        for (auto p = rank.parameters.rbegin(); p != rank.parameters.rend(); ++p) {
-            const int64_t element = first_nonfinite(rank.device, flat + p->offset, p->size());
+    std::string found;  // "1 00017 weight h.1..." sorts after all that is less telling
+    for (const floatS* flat : {rank.gradients, rank.master})
+        for (const Parameter& p : rank.parameters) {
+            const int64_t element = first_nonfinite(rank.device, flat + p.offset, p.size());
+            const bool weight = flat == rank.master;
             if (element >= 0)
-                return std::string(flat == rank.gradients ? "gradient of " : "weight ") + p->name + "[" +
-                       std::to_string(element / p->cols) + ", " + std::to_string(element % p->cols) + "]";
+                found = std::max(
+                    found, format("%d %05d ", int(weight), p.index) + (weight ? "weight " : "gradient of ") + p.name +
+                               "[" + std::to_string(element / p.cols) + ", " + std::to_string(element % p.cols) + "]");
         }
-    return "loss";
+    const std::vector<std::string> all = rank.transport.all_gather(found);
+    const std::string& name = *std::max_element(all.begin(), all.end());
+    return name.empty() ? "loss" : name.substr(8);
 }
 
 // Computes the step once more: different bits mean that the hardware erred, equal bits that data or optimisation did.
@@ -233,37 +439,29 @@ std::string name_nonfinite(const Rank& rank) {
     const bool same = XXH3_64bits(rank.gradients, bytes) == first && std::memcmp(&again, &loss, sizeof loss) == 0;
     const std::string what =
         "step " + std::to_string(number) + ": " + where + " is not finite (loss " + std::to_string(loss) + "). ";
-    if (same)
-        throw Failure(EXIT_NONFINITE,
-                      what +
-                          "A replay gave the same bits, so data or optimisation are the cause: lower --lr, raise "
-                          "--warmup, or pass such steps over with --on-nonfinite skip");
-    throw Failure(EXIT_HARDWARE,
-                  what + "A replay on rank " + std::to_string(rank.index) +
-                      " gave different bits, so the hardware is the cause: take this machine out and resume elsewhere");
+    std::string differ;
+    for (const std::string& name : rank.transport.all_gather(same ? "" : std::to_string(rank.index)))
+        differ += (differ.empty() || name.empty() ? "" : ", ") + name;
+    if (differ.empty())
+        throw JointFailure(EXIT_NONFINITE,
+                           what +
+                               "A replay gave the same bits, so data or optimisation are the cause: lower --lr, raise "
+                               "--warmup, or pass such steps over with --on-nonfinite skip");
+    throw JointFailure(EXIT_HARDWARE, what + "A replay gave different bits on rank " + differ +
+                                          ", so the hardware is the cause: take this machine out and resume elsewhere");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The training run
 
-GptConfig model_of(const Config& c) {
-    const auto& m = c.model;
-    return {m.layers, m.channels, m.heads, m.context, m.vocab, round_up(m.vocab, 64), !m.untied};
-}
-
-Recompute recompute_of(const Config& c) {
-    if (c.compute.recompute == "full") return Recompute::full;
-    return c.compute.recompute == "none" ? Recompute::none : Recompute::without_attention;
-}
-
-RankOptions rank_options(const Config& c, bool training) {
-    return {model_of(c),
-            recompute_of(c),
-            c.data.chunk_tokens,
-            c.compute.mlp_chunk,
-            c.compute.head_chunk,
-            int(c.compute.threads),
-            training};
+std::string layout_text(const RankOptions& o) {
+    const Layout& layout = o.layout;
+    std::string text = std::to_string(layout.ranks) + " ranks, schedule " + layout.schedule;
+    if (layout.schedule == "interleaved")
+        text += ", " + std::to_string(o.schedule_input(1, true, false).virtual_stages) + " stages a rank";
+    if (layout.schedule == "helix")
+        text += ", folds " + std::to_string(layout.folds) + ", QKV move " + (layout.move_qkv ? "on" : "off");
+    return text;
 }
 
 LoaderOptions loader_options(const Config& c, const Tokenizer& tokenizer, uint64_t seed) {
@@ -275,11 +473,21 @@ LoaderOptions loader_options(const Config& c, const Tokenizer& tokenizer, uint64
             true};
 }
 
-// Bytes of this run by kind, and what would fit if they do not. Called before anything is allocated.
-void check_memory(const Config& c, const MemoryPlan& plan) {
+// The plans of all ranks.
+std::vector<MemoryPlan> memory_plans(const Config& c) {
+    std::vector<int> ranks(static_cast<size_t>(c.parallel.ranks));
+    std::iota(ranks.begin(), ranks.end(), 0);
+    return plan_memory(rank_options(c, model_of(c), true), ranks);
+}
+
+// Refuses a run that does not fit, and says what would. Called before anything is allocated.
+void check_memory(const Config& c, const std::vector<MemoryPlan>& plans, const Launch& launch) {
     const int64_t available = c.compute.memory ? c.compute.memory : available_memory();
-    if (plan.total() <= available) return;
-    const int64_t fixed = plan.weights + plan.master + plan.gradients + plan.moments;
+    const int64_t wanted = host_bytes(plans, launch);
+    if (wanted <= available) return;
+    std::vector<MemoryPlan> fixed_parts;
+    for (const MemoryPlan& p : plans) fixed_parts.push_back({p.weights, p.master, p.gradients, p.moments});
+    const int64_t fixed = host_bytes(fixed_parts, launch);
     const int64_t least_chunk = std::min<int64_t>(128, c.data.chunk_tokens);
     std::string advice;  // the first of ever smaller layouts that fits
     for (int64_t chunk = c.data.chunk_tokens; fixed < available && chunk >= least_chunk && advice.empty(); chunk /= 2)
@@ -288,48 +496,86 @@ void check_memory(const Config& c, const MemoryPlan& plan) {
             smaller.compute.recompute = recompute;
             smaller.data.chunk_tokens = chunk;
             smaller.compute.head_chunk = std::min<int64_t>(chunk, 128);
-            if (!advice.empty() || plan_memory(rank_options(smaller, true)).total() > available) continue;
+            if (!advice.empty() || !config_violations(smaller).empty() ||
+                host_bytes(memory_plans(smaller), launch) > available)
+                continue;
             advice = "--recompute " + std::string(recompute) + " --chunk-tokens " + std::to_string(chunk) +
                      " --head-chunk " + std::to_string(smaller.compute.head_chunk) + " fits";
         }
     if (advice.empty() && fixed >= available)
         advice = "weights, gradients and moments alone take " + bytes_text(fixed) + ": choose a smaller model";
-    if (advice.empty()) advice = "chunks of 128 tokens do not fit, either: choose a smaller model or fewer --threads";
-    throw Failure(EXIT_MEMORY, "the plan takes " + bytes_text(plan.total()) + ", " + bytes_text(available) +
-                                   " are available; " + advice);
+    if (advice.empty())
+        advice = "smaller chunks do not fit, either: choose a smaller model, a smaller batch or fewer --threads";
+    throw Failure(EXIT_MEMORY,
+                  "the plan takes " + bytes_text(wanted) + ", " + bytes_text(available) + " are available; " + advice);
 }
 
-std::vector<TableRow> memory_table(const MemoryPlan& plan) {
-    return {{"weights", bytes_text(plan.weights)},
-            {"master weights", bytes_text(plan.master)},
-            {"gradients", bytes_text(plan.gradients)},
-            {"moments", bytes_text(plan.moments)},
-            {"activations", bytes_text(plan.activations)},
-            {"workspace", bytes_text(plan.workspace + plan.scratch)},
-            {"total", bytes_text(plan.total())}};
+// A row a kind, a column a rank; of more than 8 ranks only the largest.
+std::vector<TableRow> memory_table(const std::vector<MemoryPlan>& plans) {
+    std::vector<TableRow> rows;
+    const auto add = [&](const char* name, const auto& bytes_of_kind) {
+        std::string text;
+        int64_t largest = 0;
+        for (const MemoryPlan& plan : plans) {
+            const std::string bytes = bytes_text(bytes_of_kind(plan));
+            text += (text.empty() ? "" : std::string(12 - std::min<size_t>(11, bytes.size()), ' ')) + bytes;
+            largest = std::max(largest, bytes_of_kind(plan));
+        }
+        rows.push_back({name, plans.size() > 8 ? "at most " + bytes_text(largest) + " a rank" : text});
+    };
+    add("weights", [](const MemoryPlan& p) { return p.weights; });
+    add("master weights", [](const MemoryPlan& p) { return p.master; });
+    add("gradients", [](const MemoryPlan& p) { return p.gradients; });
+    add("moments", [](const MemoryPlan& p) { return p.moments; });
+    add("activations", [](const MemoryPlan& p) { return p.activations; });
+    add("workspace", [](const MemoryPlan& p) { return p.workspace + p.scratch; });
+    add("total", [](const MemoryPlan& p) { return p.total(); });
+    return rows;
 }
 
-// A run in progress: the configuration, the rank, and where it stands.
-struct Training {
+// What the ranks of a process share. All of it is read, or may be used from several threads.
+struct Job {
     Config config;
-    Rank rank;
+    Tokenizer tokenizer;
     Loader loader;
     std::optional<Loader> val_loader;
+    Signals& signals;
+    double peak_gflops;       // of all ranks together
+    int64_t resident_before;  // bytes of the process before its ranks begin
+};
+
+// A run in progress on one rank: where it stands. Rank 0 alone writes the metrics and speaks.
+struct Training {
+    const Job& job;
+    Rank rank;
     TrainingState state;
     int64_t updates = 0;              // optimizer steps taken: steps less the skipped ones
     StepRecord last_record = {};      // the line of the metrics for state.step,
     bool validation_pending = false;  // which a signal has cost its validation loss
+    std::optional<MetricsWriter> metrics = {};
+    std::optional<Console> console = {};
 
     CheckpointView view() { return {rank.options.model, rank.parameters, rank.master, rank.m, rank.v}; }
+    void note(const std::string& text) {
+        if (console) console->note(text);
+    }
+    void log(const StepRecord& record) {
+        if (metrics) metrics->write(record);
+        if (console) console->step(record);
+    }
 };
 
-void save(Training& run, MetricsWriter& metrics) {
+void save(Training& run) {
+    Transport& transport = run.rank.transport;
+    transport.progress.busy_with("saving a checkpoint");
     run.state.extra = {{"updates", run.updates},
-                       {"data_tokens", run.loader.stream_tokens()},
+                       {"data_tokens", run.job.loader.stream_tokens()},
                        {"last_record", nlohmann::json::parse(json_line(run.last_record))},
                        {"validation_pending", run.validation_pending}};
-    metrics.sync();  // a checkpoint never knows of steps that the metrics have lost
-    save_checkpoint(run.config.run.dir, run.view(), run.state, int(run.config.run.keep));
+    transport.together([&] {
+        if (run.metrics) run.metrics->sync();  // a checkpoint never knows of steps that the metrics have lost
+    });
+    save_checkpoint(run.job.config.run.dir, run.view(), run.state, int(run.job.config.run.keep), transport);
 }
 
 // The lines in which two effective configurations differ; those that only say how far to go do not count.
@@ -352,134 +598,185 @@ std::vector<std::string> changed_settings(const std::string& before, const std::
 
 // Where the weights come from: the newest checkpoint of the run, a Hugging Face GPT-2, or the seed.
 std::string start_weights(Training& run) {
-    Config& c = run.config;
-    std::string from;
-    if (const auto found = c.run.resume ? find_latest_checkpoint(c.run.dir) : std::nullopt) {
-        run.state = restore_checkpoint(*found, run.view(), Restore::all);
-        for (const std::string& note : run.state.notes) std::fprintf(stderr, "%s\n", note.c_str());
-        for (const std::string& change : changed_settings(run.state.configuration, effective_toml(c)))
-            std::fprintf(stderr, "since the checkpoint, %s\n", change.c_str());
+    const Config& c = run.job.config;
+    Transport& transport = run.rank.transport;
+    const bool speaks = transport.rank == 0;
+    std::string from = "seed " + std::to_string(c.training.seed);
+    const auto found = c.run.resume ? find_latest_checkpoint(c.run.dir, transport) : std::nullopt;
+    transport.together([&] {
+        if (found) run.state = restore_checkpoint(*found, run.view());
+        else if (!c.run.init_from.empty()) init_from_huggingface(from = c.run.init_from, run.view());
+        else
+            initialize_parameters(run.rank.master, run.rank.parameters, run.rank.options.model,
+                                  uint64_t(c.training.seed));
+    });
+    if (found) {
         const nlohmann::json& extra = run.state.extra;
-        if (extra.at("data_tokens") != run.loader.stream_tokens())
-            std::fprintf(stderr,
-                         "since the checkpoint, the data have changed: %lld tokens instead of %lld; sample %lld is "
-                         "another one\n",
-                         (long long)run.loader.stream_tokens(), (long long)extra.at("data_tokens"),
-                         (long long)run.state.sample_index);
+        std::vector<std::string> notes = run.state.notes;
+        for (const std::string& change : changed_settings(run.state.configuration, effective_toml(c)))
+            notes.push_back("since the checkpoint, " + change);
+        if (extra.at("data_tokens") != run.job.loader.stream_tokens())
+            notes.push_back(
+                "since the checkpoint, the data have changed: " + std::to_string(run.job.loader.stream_tokens()) +
+                " tokens instead of " + extra.at("data_tokens").dump() + "; sample " +
+                std::to_string(run.state.sample_index) + " is another one");
+        for (const std::string& text : notes)
+            if (speaks) std::fprintf(stderr, "%s\n", text.c_str());
         run.updates = extra.at("updates");
         run.validation_pending = extra.at("validation_pending");
         run.last_record = record_from_json(extra.at("last_record"));
         from = found->directory;
-    } else if (!c.run.init_from.empty()) {
-        init_from_huggingface(c.run.init_from, run.view());
-        from = c.run.init_from;
-    } else {
-        initialize_parameters(run.rank.master, run.rank.options.model, uint64_t(c.training.seed));
-        from = "seed " + std::to_string(c.training.seed);
     }
     round_weights(run.rank);
+    run.state.seed = uint64_t(c.training.seed);
+    run.state.tokenizer = run.job.tokenizer.name();
+    run.state.end_of_text = run.job.tokenizer.end_of_text();
+    run.state.configuration = effective_toml(c);
+    run.state.schedule = {{"kind", c.training.lr_schedule}, {"lr", c.training.lr}, {"steps", c.training.steps}};
     return from;
 }
 
-// Trains until --steps, --stop-after or a signal. Returns the exit code.
-int training_loop(Training& run, Signals& signals, MetricsWriter& metrics, Console& console, double peak_gflops) {
+// How the planned memory compares with what the process has taken since the ranks began: in all for thread ranks, the
+// sum over the processes under MPI.
+void note_memory(Training& run) {
+    double sizes[] = {double(run.rank.memory.total()), double(resident_bytes() - run.job.resident_before)};
+    const double grown_here = sizes[1];
+    run.rank.transport.sum(sizes);
+    const double grown = run.job.config.launch.ranks > 1 ? sizes[1] : grown_here;
+    run.note(format("resident memory: planned %.1f MiB, grown %.1f MiB", sizes[0] / (1 << 20), grown / (1 << 20)));
+}
+
+// The events of all ranks, written by rank 0; whoever calls it stops recording.
+void write_trace(Training& run) {
     Rank& rank = run.rank;
-    const Config& c = run.config;
+    const std::string events = pack_events(rank.trace->events());
+    rank.trace.reset();
+    std::vector<std::vector<TraceEvent>> ranks;
+    for (const std::string& text : rank.transport.all_gather(events)) ranks.push_back(unpack_events(text));
+    rank.transport.together([&] {
+        if (rank.index == 0)
+            write_trace(run.job.config.run.trace, {"trace of " + layout_text(rank.options), std::move(ranks)});
+    });
+}
+
+// Trains until --steps, --stop-after or a signal. Returns the exit code.
+int training_loop(Training& run) {
+    Rank& rank = run.rank;
+    Transport& transport = rank.transport;
+    const Job& job = run.job;
+    const Config& c = job.config;
+    Signals& signals = job.signals;
     const int64_t last = c.run.stop_after ? std::min(c.run.stop_after, c.training.steps) : c.training.steps;
     const auto validate = [&](int64_t step) -> std::optional<double> {
         const bool due = step == 0 || step == c.training.steps || (c.run.val_every && step % c.run.val_every == 0);
-        if (!run.val_loader || !due) return std::nullopt;
+        if (!job.val_loader || !due) return std::nullopt;
         const Evaluation result =
-            evaluate(rank, *run.val_loader, c.data.batch_tokens, c.run.val_tokens, &signals.stop_wanted);
-        run.validation_pending = signals.stop_wanted;  // it may have ended early; whoever resumes makes up for it
+            evaluate(rank, *job.val_loader, c.data.batch_tokens, c.run.val_tokens, &signals.stop_wanted);
+        run.validation_pending = result.ended_early;  // whoever resumes makes up for it
         return run.validation_pending ? std::nullopt : std::optional(result.loss);
-    };
-    const auto log_step = [&](const StepRecord& record) {
-        metrics.write(record);
-        console.step(record);
     };
 
     if (run.state.step == 0) {
-        if (run.val_loader) log_step({.step = 0, .val_loss = validate(0)});
+        if (job.val_loader) run.log({.step = 0, .val_loss = validate(0)});
     } else if (run.validation_pending) {
         run.last_record.val_loss = validate(run.state.step);
-        log_step(run.last_record);
+        run.log(run.last_record);
     }
-    const int64_t first_step = run.state.step;
+    const int64_t first_step = run.state.step, traced_steps = 4;
+    if (!c.run.trace.empty()) {
+        rank.trace.emplace(size_t(1) << 16);
+        transport.all_gather("");  // now all ranks are here
+        rank.trace_zero = seconds_now();
+    }
     int64_t saved_step = run.state.step;
-    while (run.state.step < last && !signals.stop_wanted) {
-        const auto start = std::chrono::steady_clock::now();
-        const Batch batch = next_batch(run.loader, run.state.sample_index, c.data.batch_tokens);
+    bool stop = run.validation_pending;
+    while (run.state.step < last && !stop) {
+        transport.progress.busy_with("the data of a step");
+        const double start = seconds_now(), busy_before = rank.busy_seconds;
+        const Batch batch = next_batch(job.loader, run.state.sample_index, c.data.batch_tokens);
         const Step step = prepare_step(batch, c.data.chunk_tokens, rank.options.model);
         const int64_t number = run.state.step + 1;
 
         const double loss = compute_gradients(rank, step);
         const double norm = gradient_norm(rank);
-        const double lr = learning_rate(c, number);
         if (std::isfinite(loss) && std::isfinite(norm)) {
-            const auto& t = c.training;
-            const double scale = t.clip > 0 && norm > t.clip ? t.clip / norm : 1;
-            update_parameters(rank, {lr, t.beta1, t.beta2, t.eps, t.weight_decay, ++run.updates, scale});
+            clip_and_update(rank, c, number, ++run.updates, norm);
         } else if (c.training.on_nonfinite == "stop" || !weights_are_finite(rank)) {
             stop_at_nonfinite(rank, step, number, loss);
         } else {
-            console.note("step " + std::to_string(number) + " skipped: " + name_nonfinite(rank) + " is not finite");
+            const std::string what = name_nonfinite(rank);
+            run.note("step " + std::to_string(number) + " skipped: " + what + " is not finite");
         }
         run.state.step = number;
         run.state.sample_index = batch.next_sample;
 
-        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        // What the ranks have to agree on, or add up.
+        const double seconds = seconds_now() - start;
+        double totals[] = {rank.busy_seconds - busy_before, double(signals.stop_wanted),
+                           double(signals.checkpoint_wanted.exchange(false)), double(resident_bytes())};
+        transport.progress.meeting_all("the end of a step");
+        transport.sum(totals);
+        const auto [busy, stop_votes, checkpoint_votes, resident] = totals;
+        const bool threads = c.launch.ranks == 1;  // one process has one resident size
+        const double bubble = 1 - busy / (double(transport.ranks) * seconds);
         run.last_record = {.step = number,
                            .loss = loss,
                            .val_loss = validate(number),
                            .grad_norm = norm,
-                           .lr = lr,
+                           .lr = learning_rate(c, number),
                            .ms = seconds * 1e3,
                            .tokens_per_second = double(step.tokens) / seconds,
-                           .mfu = step.flops / seconds / (peak_gflops * 1e9),
-                           .memory_bytes = resident_bytes()};
-        log_step(run.last_record);
-        if (number == first_step + 3)
-            console.note(format("resident memory: planned %.1f MiB, grown %.1f MiB",
-                                double(rank.memory.total()) / (1 << 20),
-                                double(resident_bytes() - rank.resident_before) / (1 << 20)));
+                           .mfu = step.flops / seconds / (job.peak_gflops * 1e9),
+                           .bubble = transport.ranks > 1 ? std::optional(bubble) : std::nullopt,
+                           .memory_bytes = threads ? resident_bytes() : int64_t(resident)};
+        run.log(run.last_record);
+        stop = stop_votes > 0 || run.validation_pending;
+        if (number == first_step + 3) note_memory(run);
+        if (rank.trace && number == first_step + traced_steps) write_trace(run);
 
         const bool due = c.run.checkpoint_every && number % c.run.checkpoint_every == 0;
-        if (due || signals.checkpoint_wanted.exchange(false)) {
-            save(run, metrics);
+        if (due || checkpoint_votes > 0) {
+            save(run);
             saved_step = number;
         }
     }
-    if (saved_step != run.state.step) save(run, metrics);
+    if (rank.trace) write_trace(run);
+    if (saved_step != run.state.step) save(run);
     return run.state.step < last || run.validation_pending ? EXIT_REQUEUE : 0;
 }
 
 // What this run is, before its first step.
-void print_start(const Training& run, const std::string& weights_from, double peak_gflops) {
-    const Config& c = run.config;
+void print_start(const Training& run, const std::string& weights_from) {
+    const Config& c = run.job.config;
     const GptConfig& g = run.rank.options.model;
     const auto tokens_text = [](const Loader& loader) {
         return std::to_string(loader.stream_tokens()) + " tokens, " + std::to_string(loader.samples()) +
                " samples an epoch";
     };
-    print_table(
-        "run " + c.run.dir,
-        {{"device", "CPU, " + std::to_string(c.compute.threads) + " threads, " + isa_name(cpu_isa()) +
-                        ", " PRECISION_NAME + format(", measured matrix peak %.0f GFLOP/s", peak_gflops)},
-         {"model", c.model.name + ": " + std::to_string(g.layers) + " layers, " + std::to_string(g.channels) +
-                       " channels, " + std::to_string(g.heads) + " heads, context " + std::to_string(g.context) +
-                       ", vocabulary " + std::to_string(g.vocab) + (g.tied ? ", tied head, " : ", untied head, ") +
-                       std::to_string(parameter_count(g)) + " parameters"},
-         {"weights", "from " + weights_from},
-         {"data", c.data.train + ": " + tokens_text(run.loader) + ", " + c.data.packing},
-         {"validation", run.val_loader ? c.data.val + ": " + tokens_text(*run.val_loader) : "off: no --val-data"},
-         {"step", std::to_string(c.data.batch_tokens) + " tokens in chunks of at most " +
-                      std::to_string(c.data.chunk_tokens) + ", recompute " + c.compute.recompute}});
+    std::vector<TableRow> rows = {
+        {"device", "CPU, " + std::to_string(c.compute.threads) + " threads" +
+                       (c.parallel.ranks > 1 ? " a rank, " : ", ") + isa_name(cpu_isa()) + ", " PRECISION_NAME +
+                       format(", measured matrix peak %.0f GFLOP/s", run.job.peak_gflops)},
+        {"model", c.model.name + ": " + std::to_string(g.layers) + " layers, " + std::to_string(g.channels) +
+                      " channels, " + std::to_string(g.heads) + " heads, context " + std::to_string(g.context) +
+                      ", vocabulary " + std::to_string(g.vocab) + (g.tied ? ", tied head, " : ", untied head, ") +
+                      std::to_string(parameter_count(g)) + " parameters"},
+        {"weights", "from " + weights_from},
+        {"data", c.data.train + ": " + tokens_text(run.job.loader) + ", " + c.data.packing},
+        {"validation",
+         run.job.val_loader ? c.data.val + ": " + tokens_text(*run.job.val_loader) : "off: no --val-data"},
+        {"step", std::to_string(c.data.batch_tokens) + " tokens in chunks of at most " +
+                     std::to_string(c.data.chunk_tokens) + ", recompute " + c.compute.recompute}};
+    if (c.parallel.ranks > 1)
+        rows.insert(rows.begin() + 1, {"pipeline", layout_text(run.rank.options) +
+                                                       (c.launch.ranks > 1 ? ", processes under " + c.launch.source
+                                                                           : ", threads of this process")});
+    print_table("run " + c.run.dir, rows);
 }
 
 // --init-from: sizes that were not asked for come with the weights, and those that were must be theirs.
-void take_sizes_of(Config& c, std::string& source) {
-    if (path_exists(checkpoint_root(source))) source = find_checkpoint(source).directory;
+void take_sizes_of(Config& c, std::string& source, Transport& transport) {
+    if (path_exists(checkpoint_root(source))) source = find_checkpoint(source, transport).directory;
     const GptConfig found = read_model_config(source);
     std::vector<std::string> violations;
     const auto take = [&](const char* name, int64_t& size, int64_t value) {
@@ -499,53 +796,193 @@ void take_sizes_of(Config& c, std::string& source) {
     complete_config(c);
 }
 
-int train_command(Config c) {
-    if (!c.run.init_from.empty()) take_sizes_of(c, c.run.init_from);
-    const RankOptions options = rank_options(c, true);
-    const MemoryPlan plan = plan_memory(options);
-    print_table("memory", memory_table(plan));
-    if (c.run.dry_run) return 0;
-    check_memory(c, plan);
+// ---------------------------------------------------------------------------------------------------------------------
+// --verify-layout
 
-    std::atomic<Rank*> running = nullptr;  // for SIGQUIT
-    Signals signals([&] {
-        Rank* rank = running;
-        const Op* op = rank ? rank->current_op.load() : nullptr;
-        return "rank 0: " + (op ? op_name(*op) : std::string("between steps"));
-    });
-    const Tokenizer tokenizer(c.data.tokenizer);
-    std::optional<Loader> val_loader;
-    if (!c.data.val.empty()) val_loader.emplace(open_token_files(c.data.val), loader_options(c, tokenizer, 0));
-    Loader loader(open_token_files(c.data.train), loader_options(c, tokenizer, uint64_t(c.training.seed)));
-    create_directories(c.run.dir);
-    const DirectoryLock lock(c.run.dir);
+// How far tensors of this layout are from those of one rank, relative to the norm of the latter. The gradient of the
+// keys' bias is zero in exact arithmetic (it moves all scores of a query alike), so that only its rounding would be
+// compared, and AdamW blows that up: it is left out.
+class LayoutComparison {
+public:
+    // Differences that sums in another order can make.
+    static constexpr bool fp64 = std::is_same_v<floatX, double>, bf16_products = std::is_same_v<floatX, bf16>;
+    static constexpr double loss_bound = fp64 ? 1e-13 : bf16_products ? 1e-3 : 1e-6;
+    static constexpr double tensor_bound = fp64 ? 1e-12 : bf16_products ? 2e-2 : 1e-5;
 
-    Training run{c, Rank(options), std::move(loader), std::move(val_loader), {}, 0};
-    running = &run.rank;
+    struct Errors {
+        double gradient = 0, weight = 0;
+    };
+
+    // `alone` is only on rank 0: it has the whole model.
+    LayoutComparison(Rank& rank, Rank* alone)
+        : rank_(rank), alone_(alone), whole_(parameter_table(rank.options.model)), errors_(whole_.size()) {}
+
+    void compare_losses(double loss, double wanted) {
+        worst_loss_ =
+            std::max(worst_loss_, std::isfinite(loss) ? std::abs(loss - wanted) / std::abs(wanted) : INFINITY);
+    }
+
+    // gradients or master weights: where a rank has them.
+    void compare_tensors(floatS* Rank::*flat, double Errors::*worst) {
+        std::vector<double> squares(2 * whole_.size());  // of difference and of what is wanted, for each parameter
+        std::vector<floatS> received;
+        for (const Parameter& p : whole_) {
+            const int owner = rank_.options.owner(p.part, p.layer);
+            const floatS* wanted = alone_ ? alone_->*flat + p.offset : nullptr;
+            if (alone_ && owner != 0) send(owner, wanted, p.size());
+            if (rank_.index != owner) continue;
+            if (!alone_) {
+                received.resize(size_t(p.size()));
+                receive(received.data(), p.size());
+                wanted = received.data();
+            }
+            const auto own = std::find_if(rank_.parameters.begin(), rank_.parameters.end(),
+                                          [&](const Parameter& held) { return held.index == p.index; });
+            const bool qkv_bias = p.name.ends_with("c_attn.bias");
+            for (int64_t i = 0; i < p.size(); ++i) {
+                if (qkv_bias && i * 3 / p.cols == 1) continue;
+                const double want = wanted[i], difference = (rank_.*flat)[own->offset + i] - want;
+                squares[size_t(2 * p.index)] += difference * difference;
+                squares[size_t(2 * p.index + 1)] += want * want;
+            }
+        }
+        rank_.transport.sum(squares);
+        for (size_t i = 0; i < whole_.size(); ++i) {
+            const double difference = std::sqrt(squares[2 * i]), norm = std::sqrt(squares[2 * i + 1]);
+            const double error = difference == 0 ? 0 : difference / norm;
+            errors_[i].*worst = std::isfinite(error) ? std::max(errors_[i].*worst, error) : INFINITY;
+        }
+    }
+
+    // Prints the table; whether all is within the bounds.
+    bool report() const {
+        bool good = worst_loss_ <= loss_bound;
+        std::vector<TableRow> rows = {{"loss", format("%.1e (at most %.0e)", worst_loss_, loss_bound)}};
+        for (size_t i = 0; i < whole_.size(); ++i) {
+            good &= errors_[i].gradient <= tensor_bound && errors_[i].weight <= tensor_bound;
+            rows.push_back({whole_[i].name, format("gradient %.1e, weight %.1e (at most %.0e)", errors_[i].gradient,
+                                                   errors_[i].weight, tensor_bound)});
+        }
+        if (rank_.index == 0)
+            print_table("relative differences between " + layout_text(rank_.options) + " and one rank", rows);
+        return good;
+    }
+
+private:
+    Rank& rank_;
+    Rank* alone_;
+    std::vector<Parameter> whole_;
+    std::vector<Errors> errors_;  // [parameter] the worst so far
+    double worst_loss_ = 0;
+
+    void send(int owner, const floatS* data, int64_t n) {
+        const Transfer transfer{true, owner, const_cast<floatS*>(data), n * int64_t(sizeof(floatS))};
+        rank_.transport.wait(0, rank_.transport.post({&transfer, 1}) + 1);
+    }
+    void receive(floatS* data, int64_t n) {
+        const Transfer transfer{false, 0, data, n * int64_t(sizeof(floatS))};
+        rank_.transport.wait(0, rank_.transport.post({&transfer, 1}) + 1);
+    }
+};
+
+// Three steps on these ranks and, on rank 0 alone, on one. Returns the exit code.
+int verify_layout(Training& run) {
+    const Config& c = run.job.config;
+    NoTransport nobody;
+    std::unique_ptr<Training> alone;
+    if (run.rank.index == 0) {
+        RankOptions options = run.rank.options;
+        options.layout = {};
+        alone.reset(new Training{run.job, Rank(options, nobody), {}});
+        start_weights(*alone);
+    }
+    LayoutComparison comparison(run.rank, alone ? &alone->rank : nullptr);
+    int64_t sample = run.state.sample_index;
+    for (int64_t number = 1; number <= 3; ++number) {
+        const Batch batch = next_batch(run.job.loader, sample, c.data.batch_tokens);
+        sample = batch.next_sample;
+        double loss[2] = {}, norm[2] = {};  // of the layout and of one rank
+        for (Rank* rank : {&run.rank, alone ? &alone->rank : nullptr}) {
+            if (!rank) continue;
+            run.rank.transport.progress.busy_with("comparing layouts");
+            const Step step = prepare_step(batch, c.data.chunk_tokens, rank->options.model);
+            loss[rank != &run.rank] = compute_gradients(*rank, step);
+            norm[rank != &run.rank] = gradient_norm(*rank);
+        }
+        if (alone) comparison.compare_losses(loss[0], loss[1]);
+        comparison.compare_tensors(&Rank::gradients, &LayoutComparison::Errors::gradient);
+        if (alone) clip_and_update(alone->rank, c, number, number, norm[1]);
+        clip_and_update(run.rank, c, number, number, norm[0]);
+        comparison.compare_tensors(&Rank::master, &LayoutComparison::Errors::weight);
+    }
+    double good = comparison.report();
+    run.rank.transport.sum({&good, 1});
+    return good == run.rank.transport.ranks ? 0 : EXIT_LAYOUT_DIFFERS;
+}
+
+// The part of `train` that every rank runs for itself.
+int train_rank(const Job& job, Transport& transport) {
+    const Config& c = job.config;
+    omp_set_num_threads(int(c.compute.threads));
+    transport.progress.busy_with("start-up");
+    Training run{job, Rank(rank_options(c, model_of(c), true, transport.rank), transport), {}};
     const std::string from = start_weights(run);
-    run.state.seed = uint64_t(c.training.seed);
-    run.state.tokenizer = tokenizer.name();
-    run.state.end_of_text = tokenizer.end_of_text();
-    run.state.configuration = effective_toml(c);
-    run.state.schedule = {{"kind", c.training.lr_schedule}, {"lr", c.training.lr}, {"steps", c.training.steps}};
-    write_file(c.run.dir + "/config.toml", effective_toml(c));
-
-    const int threads = int(c.compute.threads);
-    const double peak_gflops = std::is_same_v<floatX, bf16> ? measure_bf16_peak(threads) : measure_fp32_peak(threads);
-    print_start(run, from, peak_gflops);
-    const int64_t logged = run.state.step > 0 ? run.state.step - run.validation_pending : -1;
-    MetricsWriter metrics(c.run.dir + "/metrics.jsonl", logged);
-    Console console(c.training.steps);
+    if (c.run.verify_layout) return verify_layout(run);
+    transport.together([&] {
+        if (transport.rank != 0) return;
+        write_file(c.run.dir + "/config.toml", effective_toml(c));
+        print_start(run, from);
+        const int64_t logged = run.state.step > 0 ? run.state.step - run.validation_pending : -1;
+        run.metrics.emplace(c.run.dir + "/metrics.jsonl", logged);
+        run.console.emplace(c.training.steps, c.launch.ranks == 1 && ::isatty(STDOUT_FILENO));
+    });
     try {
-        const int code = training_loop(run, signals, metrics, console, peak_gflops);
-        running = nullptr;
-        return code;
-    } catch (const Failure& failure) {
-        running = nullptr;
+        return training_loop(run);
+    } catch (const JointFailure& failure) {
         const bool said = std::string(failure.what()).find("good checkpoint") != std::string::npos;
         if (failure.exit_code != EXIT_STORAGE || said) throw;
-        throw Failure(EXIT_STORAGE, failure.what() + (" " + last_good_checkpoint(c.run.dir)));
+        throw JointFailure(EXIT_STORAGE, failure.what() + (" " + last_good_checkpoint(c.run.dir)));
     }
+}
+
+int train_command(Config c, Team& team) {
+    const bool speaks = team.speaks();
+    std::optional<Signals> signals;
+    std::optional<DirectoryLock> lock;
+    std::optional<Job> job;
+    if (!c.run.init_from.empty()) take_sizes_of(c, c.run.init_from, team.processes());
+    bool dry_run = false;
+    team.processes().together([&] {
+        std::vector<MemoryPlan> plans = memory_plans(c);
+        if (speaks) print_table("memory", memory_table(plans));
+        if ((dry_run = c.run.dry_run)) return;
+        if (c.run.verify_layout) {  // rank 0 has the whole model besides
+            Config single = c;
+            single.parallel.ranks = 1;
+            plans.push_back(memory_plans(single)[0]);
+        }
+        check_memory(c, plans, team.launch);
+        signals.emplace([&] { return team.status(); }, [&] { return team.peer_died(); });
+        const Tokenizer tokenizer(c.data.tokenizer);
+        const auto open = [&](const std::string& files, uint64_t seed) {
+            return Loader(open_token_files(files), loader_options(c, tokenizer, seed));
+        };
+        std::optional<Loader> val_loader;
+        if (!c.data.val.empty()) val_loader.emplace(open(c.data.val, 0));
+        Loader loader = open(c.data.train, uint64_t(c.training.seed));
+        if (speaks && !c.run.verify_layout) {
+            create_directories(c.run.dir);
+            lock.emplace(c.run.dir);
+        }
+        const int threads = int(c.compute.threads * team.local_ranks(int(c.parallel.ranks)));
+        double peak = 0;  // measured by one process while the others wait
+        if (speaks) peak = std::is_same_v<floatX, bf16> ? measure_bf16_peak(threads) : measure_fp32_peak(threads);
+        peak *= double(c.parallel.ranks) / team.local_ranks(int(c.parallel.ranks));
+        job.emplace(c, tokenizer, std::move(loader), std::move(val_loader), *signals, peak, resident_bytes());
+    });
+    if (dry_run) return 0;
+    return team.run(int(c.parallel.ranks), double(c.parallel.hang_timeout),
+                    [&](Transport& transport) { return train_rank(*job, transport); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -554,6 +991,7 @@ int train_command(Config c) {
 #include "llmc/commands/doctor.h"
 #include "llmc/commands/eval.h"
 #include "llmc/commands/generate.h"
+#include "llmc/commands/plan.h"
 #include "llmc/commands/tokenize.h"
 
 // Idle OpenMP threads spin for milliseconds before they sleep, which costs dear where other programs or ranks want the
@@ -566,24 +1004,33 @@ void spin_briefly(char** argv) {
 
 int main(int argc, char** argv) {
     spin_briefly(argv);
+    Launch launch;
     try {
+        launch = read_launch();
         cpu_isa();  // refuses an impossible HELIXTRAIN_ISA
-        const Config config = parse_config(argc, argv);
+        const Config config = parse_config(argc, argv, launch);
         omp_set_num_threads(int(config.compute.threads));
         if (config.command == "tokenize")
             return tokenize_command({config.tokenize.inputs, config.tokenize.output, config.data.tokenizer,
                                      config.data.tokenizer_dir, config.tokenize.holdout_every,
                                      config.tokenize.max_bytes, config.tokenize.extensions,
                                      config.tokenize.shard_tokens});
-        if (config.command == "generate") return generate_command(config);
-        if (config.command == "eval") return eval_command(config);
         if (config.command == "doctor") return doctor_command(config);
-        return train_command(config);
+        if (config.command == "plan") return plan_command(config, rank_options(config, model_of(config), true));
+        Team team(config.launch);
+        if (config.command == "generate") return generate_command(config, team);
+        if (config.command == "eval") return eval_command(config, team);
+        return train_command(config, team);
     } catch (const HelpRequested& help) {
         std::fputs(help.text.c_str(), stdout);
         return 0;
+    } catch (const JointFailure& failure) {
+        if (launch.rank == 0) std::fprintf(stderr, "train_gpt: %s\n", failure.what());
+        return failure.exit_code;
     } catch (const Failure& failure) {
-        std::fprintf(stderr, "train_gpt: %s\n", failure.what());
+        // Every process reads the same command line.
+        if (launch.rank == 0 || failure.exit_code != EXIT_CONFIG)
+            std::fprintf(stderr, "train_gpt: %s\n", failure.what());
         return failure.exit_code;
     } catch (const std::bad_alloc&) {
         std::fprintf(stderr, "train_gpt: out of memory; choose a smaller model or batch\n");

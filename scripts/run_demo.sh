@@ -20,9 +20,10 @@ fi
 # shellcheck disable=SC2086  # the list is split on purpose
 ./train_gpt tokenize $sources $headers --extensions h,hpp,hh,none --max-bytes 32000000 --holdout-every 20 --output "$run/data"
 
-say "Training: tiny (4 layers, 192 channels, 4 heads, context 256, bytes)"
+say "Training: tiny (4 layers, 192 channels, 4 heads, context 256, bytes), HelixPipe on two ranks"
 ./train_gpt train --model tiny --run-dir "$run" --data "$run/data/train_*.bin" --val-data "$run/data/val_*.bin" \
-    --val-tokens 65536 --steps "$steps" --batch-tokens 2048 --lr 3e-3 --warmup $((steps / 20)) "$@"
+    --val-tokens 65536 --steps "$steps" --batch-tokens 2048 --lr 3e-3 --warmup $((steps / 20)) \
+    --ranks 2 --schedule helix "$@"
 
 say "A sample: ./train_gpt generate --checkpoint $run --prompt '#include <'"
 ./train_gpt generate --checkpoint "$run" --prompt '#include <' --tokens 400 --temperature 0.7 --top-k 40

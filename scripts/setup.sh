@@ -22,6 +22,8 @@ libxxhash-dev        include:xxhash.h                                  XXH3 chec
 END
     [ "$set_name" = building ] && return
     cat <<'END'
+libopenmpi-dev       mpicc                                             Open MPI, for ranks as processes (without it: threads)
+openmpi-bin          mpirun                                            its launcher
 libgtest-dev         include:gtest/gtest.h                             GoogleTest, the unit tests
 clang-format         clang-format                                      checks the formatting
 python3-torch        /usr/lib/python3/dist-packages/torch              PyTorch, the reference that the model is compared with

@@ -278,7 +278,7 @@ TEST(Metrics, ResumeKeepsEveryStepOnce) {
 }
 
 TEST(Console, StepLine) {
-    const StepRecord record{12, 3.12345, {}, 1.234, 6e-4, 812.3, 5043.2, 0.612, int64_t(1.42 * (1 << 30))};
+    const StepRecord record{12, 3.12345, {}, 1.234, 6e-4, 812.3, 5043.2, 0.612, {}, int64_t(1.42 * (1 << 30))};
     EXPECT_EQ(step_text(record, 2000, 92.0),
               "step   12/2000 | loss 3.1235 | norm 1.23 | lr 6.0e-04 | 812 ms | 5043 tok/s | mfu 61.2 % | 1.42 GiB | "
               "eta 1m32s");

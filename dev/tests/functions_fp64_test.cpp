@@ -82,13 +82,16 @@ TEST(Functions, Embed) {
 TEST(Functions, PreAttention) {
     Fixture f;
     std::vector<double> x = f.random(N * C), d_qkv = f.random(N * 3 * C), dx(N * C, 0.0);
-    const PreActivations a(f.memory, N, config);
+    std::vector<double> ln1(N * C), qkv(N * 3 * C);
+    const NormStatistics norm(f.memory, N);
     const auto objective = [&] {
-        pre_attention_forward(f.ctx, f.w.layers[1], a, rows(x, C));
-        return dot(a.qkv, rows(d_qkv, 3 * C));
+        pre_attention_forward(f.ctx, f.w.layers[1], rows(ln1, C), norm, rows(qkv, 3 * C), rows(x, C));
+        return dot(rows(qkv, 3 * C), rows(d_qkv, 3 * C));
     };
     objective();
-    pre_attention_backward(f.ctx, f.w.layers[1], f.dw.layers[1], rows(dx, C), rows(d_qkv, 3 * C), a, rows(x, C));
+    const LayerTensors<double>& dw = f.dw.layers[1];
+    qkv_backward_weight(f.ctx, {dw.qkv_weight, dw.qkv_bias}, rows(d_qkv, 3 * C), rows(ln1, C));
+    pre_attention_backward(f.ctx, f.w.layers[1], dw, rows(dx, C), {rows(d_qkv, 3 * C), {}}, norm, rows(x, C));
     f.check("x", x.data(), dx.data(), N * C, objective);
     for (const char* name : {"h.1.ln_1.weight", "h.1.ln_1.bias", "h.1.attn.c_attn.weight", "h.1.attn.c_attn.bias"})
         f.check_parameter(name, objective);
@@ -102,21 +105,22 @@ TEST(Functions, Attention) {
         {0, slice, context, true}, {slice, 1, 0, false}, {slice + 1, N - slice - 1, 0, false}};
     std::vector<double> qkv = f.random(N * 3 * C), d_out = f.random(N * C), d_qkv(N * 3 * C), d_store(length * 2 * C);
     std::vector<double> earlier = f.random(context * 2 * C), store(length * 2 * C);
-    const AttentionActivations a(f.memory, N, config);
+    std::vector<double> out(N * C), lse(size_t(N * config.heads));
     const auto objective = [&] {
         std::copy(earlier.begin(), earlier.end(), store.begin());
-        attention_block_forward(f.ctx, a, rows(qkv, 3 * C), rows(store, 2 * C), segments);
-        return dot(a.out, rows(d_out, C));
+        attention_block_forward(f.ctx, rows(out, C), rows(lse, config.heads), rows(qkv, 3 * C), rows(store, 2 * C),
+                                segments);
+        return dot(rows(out, C), rows(d_out, C));
     };
     objective();
-    attention_block_backward(f.ctx, rows(d_qkv, 3 * C), rows(d_out, C), a, rows(qkv, 3 * C), rows(store, 2 * C),
-                             rows(d_store, 2 * C), segments, true);
+    attention_block_backward(f.ctx, rows(d_qkv, 3 * C), rows(d_out, C), rows(out, C), rows(lse, config.heads),
+                             rows(qkv, 3 * C), rows(store, 2 * C), rows(d_store, 2 * C), segments, true);
     f.check("q, k, v", qkv.data(), d_qkv.data(), N * 3 * C, objective);
     f.check("earlier keys, values", earlier.data(), d_store.data(), context * 2 * C, objective);
 }
 
 TEST(Functions, PostAttention) {
-    for (bool keep : {true, false}) {
+    for (const auto& [keep, split] : {std::pair(true, false), {true, true}, {false, false}, {false, true}}) {
         Fixture f;
         std::vector<double> x = f.random(N * C), o = f.random(N * C), y(N * C), dy = f.random(N * C), d_o(N * C),
                             dx = dy;
@@ -127,14 +131,49 @@ TEST(Functions, PostAttention) {
             return dot(rows(y, C), rows(dy, C));
         };
         objective();
+        std::vector<std::byte> memory(size_t(bytes_of<PostGradients>(N, config, keep)) + 64);
+        Allocator place{memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64};
+        const PostGradients d_post(place, N, config, keep);
         post_attention_backward(f.ctx, f.w.layers[0], f.dw.layers[0], rows(dx, C), rows(d_o, C), kept, rows(x, C),
-                                rows(o, C));
+                                rows(o, C), split ? std::optional(d_post) : std::nullopt, std::nullopt);
+        if (split)
+            post_attention_backward_weight(f.ctx, f.w.layers[0], f.dw.layers[0], d_post, kept, rows(x, C), rows(o, C));
         f.check("x", x.data(), dx.data(), N * C, objective);
         f.check("o", o.data(), d_o.data(), N * C, objective);
         for (const char* name :
              {"h.0.attn.c_proj.weight", "h.0.attn.c_proj.bias", "h.0.ln_2.weight", "h.0.ln_2.bias",
               "h.0.mlp.c_fc.weight", "h.0.mlp.c_fc.bias", "h.0.mlp.c_proj.weight", "h.0.mlp.c_proj.bias"})
             f.check_parameter(name, objective);
+    }
+}
+
+// post_attention of layer 0 and pre_attention of layer 1 as one block, of which only x and o are kept.
+TEST(Functions, Block) {
+    for (const bool moved : {false, true}) {
+        Fixture f;
+        std::vector<double> x = f.random(N * C), o = f.random(N * C), y(N * C), ln1(N * C), qkv(N * 3 * C), d_o(N * C),
+                            dx = f.random(N * C), d_pre = f.random(N * 3 * C);
+        const std::vector<double> dy = dx;
+        const NormStatistics norm(f.memory, N);
+        const int64_t columns = moved ? C : 3 * C;  // the block ends at the LayerNorm, or at the products
+        const auto objective = [&] {
+            post_attention_forward(f.ctx, f.w.layers[0], rows(y, C), std::nullopt, rows(x, C), rows(o, C));
+            pre_attention_forward(f.ctx, f.w.layers[1], rows(ln1, C), norm,
+                                  moved ? std::nullopt : std::optional(rows(qkv, 3 * C)), rows(y, C));
+            double sum = dot(rows(moved ? ln1 : qkv, columns), rows(d_pre, columns));
+            for (size_t i = 0; i < dy.size(); ++i) sum += y[i] * dy[i];
+            return sum;
+        };
+        objective();
+        const PreGradient gradient = moved ? PreGradient{{}, rows(d_pre, C)} : PreGradient{rows(d_pre, 3 * C), {}};
+        post_attention_backward(f.ctx, f.w.layers[0], f.dw.layers[0], rows(dx, C), rows(d_o, C), std::nullopt,
+                                rows(x, C), rows(o, C), std::nullopt, NextPre{f.w.layers[1], f.dw.layers[1], gradient});
+        f.check("x", x.data(), dx.data(), N * C, objective);
+        f.check("o", o.data(), d_o.data(), N * C, objective);
+        std::vector<const char*> names = {"h.0.attn.c_proj.weight", "h.0.ln_2.bias",   "h.0.mlp.c_fc.weight",
+                                          "h.0.mlp.c_proj.weight",  "h.1.ln_1.weight", "h.1.ln_1.bias"};
+        if (!moved) names.insert(names.end(), {"h.1.attn.c_attn.weight", "h.1.attn.c_attn.bias"});
+        for (const char* name : names) f.check_parameter(name, objective);
     }
 }
 

@@ -47,7 +47,7 @@ int main(int argc, char** argv) {
     const GptConfig config{1, 8, 2, 4, 10, 64, true};
     const std::vector<Parameter> parameters = parameter_table(config);
     std::vector<floatS> weights(size_t(flat_size(parameters)));
-    initialize_parameters(weights.data(), config, 1);
+    initialize_parameters(weights.data(), parameters, config, 1);
     {
         std::vector<TensorInfo> infos;
         for (const Parameter& p : parameters)

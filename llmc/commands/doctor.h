@@ -48,13 +48,19 @@ inline std::vector<std::string> known_problems(int threads) {
     return problems;
 }
 
+#ifdef USE_MPI
+inline constexpr bool built_with_mpi = true;
+#else
+inline constexpr bool built_with_mpi = false;
+#endif
+
 inline int doctor_command(const Config& c) {
     const int threads = int(c.compute.threads);
     const std::map<std::string, std::string> environment = current_environment();
     const double fp32 = measure_fp32_peak(threads), bf16_peak = measure_bf16_peak(threads),
                  bandwidth = measure_bandwidth(threads);
     const std::vector<std::string> problems = known_problems(threads);
-    if (c.doctor.json) {
+    if (c.json) {
         std::printf("%s\n", json_text({{"environment", environment},
                                        {"threads", threads},
                                        {"fp32_gflops", fp32},
@@ -66,10 +72,12 @@ inline int doctor_command(const Config& c) {
                                 .c_str());
         return 0;
     }
-    print_table("compiled in", {{"device", "CPU, built for x86-64-v3 (AVX2); wider kernels are chosen at start"},
-                                {"precision", PRECISION_NAME},
-                                {"compiler", "g++ " __VERSION__},
-                                {"ranks", "one; CUDA, MPI and NCCL are not part of this build"}});
+    print_table("compiled in",
+                {{"device", "CPU, built for x86-64-v3 (AVX2); wider kernels are chosen at start"},
+                 {"precision", PRECISION_NAME},
+                 {"compiler", "g++ " __VERSION__},
+                 {"ranks", built_with_mpi ? "threads of a process, or processes under MPI"
+                                          : "threads of a process; MPI was not found when it was built"}});
     print_table("machine", {{"cpu", environment.at("cpu")},
                             {"instructions", isa_name(cpu_isa())},
                             {"threads", std::to_string(threads)},

@@ -6,24 +6,29 @@
 
 #include "llmc/commands/model_file.h"
 #include "llmc/data/tokenizer.h"
+#include "llmc/parallel/team.h"
 #include "llmc/pipeline/run.h"
 
-inline int eval_command(const Config& c) {
-    const ModelFile file(c);
+inline int eval_command(const Config& c, Team& team) {
+    const ModelFile file(c, team.processes());
+    file.check_memory();
     const Tokenizer tokenizer(file.tokenizer_name());
-    Rank rank(file.rank_options());
-    file.load(rank);
-    const int64_t context = rank.options.model.context;
+    const int64_t context = file.model().context;
     const LoaderOptions options{c.data.packing == "documents" ? Packing::documents : Packing::contiguous,
                                 context,
-                                rank.options.model.vocab,
+                                file.model().vocab,
                                 tokenizer.end_of_text(),
                                 0,
                                 true};
     const Loader loader(open_token_files(c.data.train), options);
-    const Evaluation result =
-        evaluate(rank, loader, c.data.batch_tokens ? c.data.batch_tokens : 8 * context, c.run.val_tokens);
-    std::printf("checkpoint %s\ntargets %lld\nloss %.6f nats\nperplexity %.4f\n", file.directory().c_str(),
-                static_cast<long long>(result.targets), result.loss, std::exp(result.loss));
-    return 0;
+    return team.run(int(c.parallel.ranks), double(c.parallel.hang_timeout), [&](Transport& transport) {
+        omp_set_num_threads(int(c.compute.threads));
+        Rank rank(file.options(transport.rank), transport);
+        transport.together([&] { file.load(rank); });
+        const Evaluation result = evaluate(rank, loader, file.batch_tokens(), c.run.val_tokens);
+        if (transport.rank == 0)
+            std::printf("checkpoint %s\ntargets %lld\nloss %.6f nats\nperplexity %.4f\n", file.directory().c_str(),
+                        static_cast<long long>(result.targets), result.loss, std::exp(result.loss));
+        return 0;
+    });
 }

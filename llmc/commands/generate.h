@@ -1,5 +1,6 @@
 // `generate`: samples text from a checkpoint. The same functions as in training, one new token at a time: keys and
-// values of the tokens before it lie in a store for each layer, as for a sequence cut into slices of one token.
+// values of the tokens before it lie in a store for each layer, as for a sequence cut into slices of one token. With
+// several ranks each runs its parts, and the activations go from one to the next.
 #pragma once
 
 #include <unistd.h>
@@ -10,54 +11,104 @@
 #include "llmc/commands/model_file.h"
 #include "llmc/data/tokenizer.h"
 #include "llmc/kernels/random.h"
+#include "llmc/parallel/team.h"
 
 class Decoder {
 public:
-    // `rank` has been planned for inference with chunks of the whole context.
+    // `rank` has been planned for inference.
     explicit Decoder(Rank& rank)
         : rank_(rank), ctx_{rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, 1} {
         const GptConfig& g = rank.options.model;
-        memory_.resize(size_t(g.layers * bytes_of<StoreTensor>(g.context, g) + bytes_of<ResidualTensor>(g.context, g)) +
-                       64);
-        Allocator place{memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64};
-        for (int64_t l = 0; l < g.layers; ++l) stores_.push_back(StoreTensor(place, g.context, g).rows);
-        layer_output_ = ResidualTensor(place, g.context, g).rows;
+        const auto place = [&](Allocator a) {
+            x_ = a.take<floatR>(g.context, g.channels), y_ = a.take<floatR>(g.context, g.channels);
+            ln1_ = a.take<floatX>(g.context, g.channels), qkv_ = a.take<floatX>(g.context, 3 * g.channels);
+            out_ = a.take<floatX>(g.context, g.channels), lse_ = a.take<floatS>(g.context, g.heads);
+            norm_ = NormStatistics(a, g.context);
+            stores_.resize(size_t(g.layers));
+            for (int l = 0; l < g.layers; ++l)
+                if (runs(Part::attention, l)) stores_[size_t(l)] = a.take<floatX>(g.context, 2 * g.channels);
+            return a.used;
+        };
+        memory_.resize(size_t(place({})) + 64);
+        place({memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64});
     }
 
     int64_t length() const { return length_; }
     void clear() { length_ = 0; }
 
-    // Appends the tokens to the sequence, at most `context` in all, and returns the logits [V] after the last of them.
+    // Appends the tokens to the sequence, at most `context` in all, and returns the logits [V] after the last of them
+    // on the rank that runs the head, null on all others. Called by all ranks together.
     const floatX* append(std::span<const int32_t> tokens) {
         const GptConfig& g = rank_.options.model;
         const int64_t N = int64_t(tokens.size());
         std::vector<int32_t> positions(tokens.size());
         std::iota(positions.begin(), positions.end(), int32_t(length_));
         const std::vector<SegmentRows> segments = {{0, N, length_, true}};
+        const Matrix<floatX> ln1 = ln1_.row_range(0, N), qkv = qkv_.row_range(0, N), out = out_.row_range(0, N);
+        const floatX* logits = nullptr;
 
-        Allocator place{rank_.activations};
-        Matrix<floatR> x = ResidualTensor(place, N, g).rows, y = layer_output_.row_range(0, N);
-        const PreActivations pre(place, N, g);
-        const AttentionActivations attention(place, N, g);
-        embed_forward(ctx_, rank_.w, x, tokens.data(), positions.data());
-        for (size_t l = 0; l < stores_.size(); ++l) {
-            pre_attention_forward(ctx_, rank_.w.layers[l], pre, x);
-            attention_block_forward(ctx_, attention, pre.qkv, stores_[l], segments);
-            post_attention_forward(ctx_, rank_.w.layers[l], y, std::nullopt, x, attention.out);
-            std::swap(x, y);
+        const Chain chain{int(g.layers), false};
+        for (int n = 0; n < chain.length(); ++n) {
+            const Op op = chain.op(n, 0);
+            if (n > 0) pass_on(chain.op(n - 1, 0), op, N);
+            if (!runs(op.part, op.layer)) continue;
+            const auto w = op.layer < 0 ? LayerTensors<floatX>{} : rank_.w.layers[size_t(op.layer)];
+            const Matrix<floatR> x = x_.row_range(0, N);
+            switch (op.part) {
+                case Part::embed:
+                    embed_forward(ctx_, rank_.w, x, tokens.data(), positions.data());
+                    break;
+                case Part::pre:
+                    pre_attention_forward(ctx_, w, ln1, norm_, qkv, x);
+                    break;
+                case Part::attention:
+                    attention_block_forward(ctx_, out, lse_.row_range(0, N), qkv, stores_[size_t(op.layer)], segments);
+                    break;
+                case Part::post:
+                    post_attention_forward(ctx_, w, y_.row_range(0, N), std::nullopt, x, out);
+                    std::swap(x_, y_);
+                    break;
+                case Part::head: {
+                    Allocator workspace = ctx_.workspace;
+                    logits = head_logits(ctx_, rank_.w, HeadWorkspace(workspace, 1, g), x.row_range(N - 1, 1)).data;
+                    break;
+                }
+            }
         }
         length_ += N;
-        Allocator workspace = ctx_.workspace;
-        return head_logits(ctx_, rank_.w, HeadWorkspace(workspace, 1, g), x.row_range(N - 1, 1)).data;
+        return logits;
     }
 
 private:
     Rank& rank_;
     BlockContext ctx_;
     std::vector<std::byte> memory_;
-    std::vector<Matrix<floatX>> stores_;  // [L] of [T, 2C]
-    Matrix<floatR> layer_output_;         // [T, C]
+    Matrix<floatR> x_, y_;            // [T, C], input and output of a layer
+    Matrix<floatX> ln1_, qkv_, out_;  // [T, C], [T, 3C], [T, C]
+    Matrix<floatS> lse_;              // [T, NH]
+    NormStatistics norm_;
+    std::vector<Matrix<floatX>> stores_;  // [L] of [T, 2C], where the rank runs that attention
     int64_t length_ = 0;                  // tokens in the stores
+
+    bool runs(Part part, int layer) const { return rank_.options.owner(part, layer) == rank_.index; }
+
+    // The result of one op goes to the rank of the next, if that is another.
+    void pass_on(const Op& made, const Op& next, int64_t N) {
+        const int from = rank_.options.owner(made.part, made.layer), to = rank_.options.owner(next.part, next.layer);
+        if (from == to || (rank_.index != from && rank_.index != to)) return;
+        const bool send = rank_.index == from;
+        std::vector<Transfer> transfers;
+        const auto add = [&]<class T>(Matrix<T> m) {
+            transfers.push_back({send, send ? to : from, m.data, N * m.cols * int64_t(sizeof(T))});
+        };
+        add(x_);
+        if (made.part == Part::pre) add(qkv_);
+        if (made.part == Part::attention) add(out_);
+        rank_.transport.progress.waiting(
+            {made.part, Pass::F, made.layer, 0, false, send ? Kind::send : Kind::receive, send ? to : from});
+        rank_.transport.wait(0, rank_.transport.post(transfers) + int64_t(transfers.size()));
+        rank_.transport.progress.busy_with("decoding");
+    }
 };
 
 // Index drawn from softmax(logits / temperature) over the `top_k` largest (0 = all); the largest at temperature 0.
@@ -81,20 +132,26 @@ inline int32_t sample_token(const floatX* logits /*[V]*/, int64_t V, double temp
     return order[size_t(std::min<int64_t>(drawn, int64_t(order.size()) - 1))];
 }
 
-inline int generate_command(const Config& c) {
-    const ModelFile file(c);
-    const Tokenizer tokenizer(file.tokenizer_name(), c.data.tokenizer_dir);
-    RankOptions options = file.rank_options();
+// What one rank does. They all come to the same text; rank 0 prints it.
+inline void generate_on_rank(const Config& c, const ModelFile& file, const Tokenizer& tokenizer, Transport& transport) {
+    omp_set_num_threads(int(c.compute.threads));
+    RankOptions options = file.options(transport.rank);
     options.head_chunk = 1;
-    Rank rank(options);
-    file.load(rank);
+    Rank rank(options, transport);
+    transport.together([&] { file.load(rank); });
 
     std::vector<int32_t> text = {tokenizer.end_of_text()};
     const std::vector<int32_t> prompt = tokenizer.encode(c.generate.prompt);
     text.insert(text.end(), prompt.begin(), prompt.end());
-    std::printf("%s", c.generate.prompt.c_str());
+    const auto print = [&](const std::string& piece) {
+        if (transport.rank != 0) return;
+        std::fputs(piece.c_str(), stdout);
+        std::fflush(stdout);
+    };
+    print(c.generate.prompt);
 
     const int64_t context = options.model.context;
+    const size_t head = size_t(options.owner(Part::head, -1));
     Decoder decoder(rank);
     int64_t fed = std::max<int64_t>(0, int64_t(text.size()) - context);  // a prompt beyond the context loses its start
     for (int64_t i = 0; i < c.generate.tokens; ++i) {
@@ -104,13 +161,26 @@ inline int generate_command(const Config& c) {
         }
         const floatX* logits = decoder.append(std::span(text).subspan(size_t(fed)));
         fed = int64_t(text.size());
-        const double u = uniform(uint64_t(c.training.seed), 0, uint64_t(i));
-        const int32_t next = sample_token(logits, options.model.vocab, c.generate.temperature, c.generate.top_k, u);
+        std::string drawn;
+        if (logits) {
+            const double u = uniform(uint64_t(c.training.seed), 0, uint64_t(i));
+            drawn =
+                std::to_string(sample_token(logits, options.model.vocab, c.generate.temperature, c.generate.top_k, u));
+        }
+        const int32_t next = std::stoi(transport.all_gather(drawn)[head]);
         if (next == tokenizer.end_of_text()) break;
         text.push_back(next);
-        std::fputs(tokenizer.decode({&next, 1}).c_str(), stdout);
-        std::fflush(stdout);
+        print(tokenizer.decode({&next, 1}));
     }
-    std::printf("\n");
-    return 0;
+    print("\n");
+}
+
+inline int generate_command(const Config& c, Team& team) {
+    const ModelFile file(c, team.processes());
+    file.check_memory();
+    const Tokenizer tokenizer(file.tokenizer_name(), c.data.tokenizer_dir);
+    return team.run(int(c.parallel.ranks), double(c.parallel.hang_timeout), [&](Transport& transport) {
+        generate_on_rank(c, file, tokenizer, transport);
+        return 0;
+    });
 }

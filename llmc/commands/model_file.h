@@ -4,19 +4,22 @@
 
 #include <cstdio>
 #include <filesystem>
+#include <numeric>
 #include <string>
 
 #include "llmc/io/checkpoint.h"
 #include "llmc/io/config.h"
 #include "llmc/io/log.h"
-#include "llmc/parallel/rank.h"
+#include "llmc/parallel/options.h"
 
 class ModelFile {
 public:
-    explicit ModelFile(const Config& c) : config_(c), directory_(c.run.checkpoint) {
+    // Called by all processes together.
+    ModelFile(const Config& c, Transport& processes) : config_(c), directory_(c.run.checkpoint) {
         if (path_exists(checkpoint_root(directory_)) || path_exists(directory_ + "/" + manifest_name)) {
-            const FoundCheckpoint found = find_checkpoint(directory_);
-            for (const std::string& note : found.notes) std::fprintf(stderr, "%s\n", note.c_str());
+            const FoundCheckpoint found = find_checkpoint(directory_, processes);
+            for (const std::string& note : found.notes)
+                if (processes.rank == 0) std::fprintf(stderr, "%s\n", note.c_str());
             directory_ = found.directory;
             tokenizer_ = found.manifest.state.tokenizer;
         } else if (!path_exists(directory_ + "/config.json")) {
@@ -41,23 +44,28 @@ public:
     const std::string& directory() const { return directory_; }
     const std::string& tokenizer_name() const { return tokenizer_; }
 
-    // Options of a rank for inference, with chunks of the whole context unless --chunk-tokens says otherwise. Refuses
-    // what does not fit into memory.
-    RankOptions rank_options() const {
-        const int64_t chunk = config_.data.chunk_tokens ? config_.data.chunk_tokens : model_.context;
-        const RankOptions options{model_,
-                                  Recompute::none,
-                                  chunk,
-                                  config_.compute.mlp_chunk,
-                                  config_.compute.head_chunk,
-                                  int(config_.compute.threads),
-                                  false};
+    // Options of a rank for inference, with chunks of the whole context unless --chunk-tokens says otherwise.
+    RankOptions options(int rank) const {
+        Config c = config_;
+        if (!c.data.chunk_tokens) c.data.chunk_tokens = model_.context;
+        c.data.batch_tokens = batch_tokens();
+        c.model.context = model_.context;
+        return rank_options(c, model_, false, rank);
+    }
+
+    // Refuses what does not fit into memory.
+    void check_memory() const {
+        std::vector<int> ranks(static_cast<size_t>(config_.parallel.ranks));
+        std::iota(ranks.begin(), ranks.end(), 0);
+        const std::vector<MemoryPlan> plans = plan_memory(options(0), ranks);
         const int64_t available = config_.compute.memory ? config_.compute.memory : available_memory();
-        if (const int64_t total = plan_memory(options).total(); total > available)
+        if (const int64_t total = host_bytes(plans, config_.launch); total > available)
             throw Failure(EXIT_MEMORY, "the model takes " + bytes_text(total) + ", " + bytes_text(available) +
                                            " are available; try smaller --chunk-tokens or --head-chunk");
-        return options;
     }
+
+    const GptConfig& model() const { return model_; }
+    int64_t batch_tokens() const { return config_.data.batch_tokens ? config_.data.batch_tokens : 8 * model_.context; }
 
     void load(Rank& rank) const { load(rank, rank.weights); }
 

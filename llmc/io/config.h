@@ -26,7 +26,7 @@ inline void fill_config(Config& c) {
     const auto fill = [](auto& value, const auto& otherwise) {
         if (value == std::decay_t<decltype(value)>()) value = otherwise;
     };
-    if (c.command == "train") {
+    if (c.command == "train" || c.command == "plan") {
         const bool from_elsewhere = !c.run.init_from.empty();
         if (from_elsewhere && !c.is_given("model")) c.model.name = "custom";
         if (const Preset* preset = find_preset(c.model.name)) {
@@ -41,8 +41,10 @@ inline void fill_config(Config& c) {
     }
     if (c.command == "tokenize") fill(c.data.tokenizer, "bytes");
     fill(c.data.batch_tokens, 8 * c.model.context);
-    fill(c.data.chunk_tokens, c.data.batch_tokens);
-    fill(c.compute.threads, usable_threads());
+    if (c.launch.ranks > 1 && !c.is_given("ranks")) c.parallel.ranks = c.launch.ranks;
+    const int64_t local_ranks = c.launch.ranks > 1 ? c.launch.local_ranks : c.parallel.ranks;
+    fill(c.data.chunk_tokens, c.parallel.ranks > 1 ? c.model.context : c.data.batch_tokens);
+    fill(c.compute.threads, std::max<int64_t>(1, usable_threads() / local_ranks));
 }
 
 [[noreturn]] inline void refuse_config(const std::vector<std::string>& violations) {
@@ -172,7 +174,7 @@ struct ConfigReader {
     }
 };
 
-inline Config parse_config(int argc, const char* const* argv) {
+inline Config parse_config(int argc, const char* const* argv, const Launch& launch = {}) {
     std::vector<std::string> args(argv + 1, argv + argc);
     if (!args.empty() && args[0] == "--version") throw HelpRequested{"helixtrain 0.1.0, " PRECISION_NAME "\n"};
     if (args.empty() || args[0][0] == '-') args.insert(args.begin(), "train");
@@ -193,6 +195,7 @@ inline Config parse_config(int argc, const char* const* argv) {
     }
     ConfigReader reader;
     reader.config.command = args[0];
+    reader.config.launch = launch;
     if (std::find(commands.begin(), commands.end(), args[0]) == commands.end())
         throw Failure(EXIT_CONFIG,
                       "There is no command '" + args[0] + "'; the nearest is '" + nearest(args[0], commands) + "'.");

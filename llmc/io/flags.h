@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "llmc/common.h"
+#include "llmc/parallel/launch.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The configuration. Values here are the defaults; 0 (or "") mostly stands for "from the preset" and is filled in by
@@ -43,8 +44,15 @@ struct Config {
     struct {
         std::string recompute = "none";
         int64_t mlp_chunk = 0, head_chunk = 256;
-        int64_t threads = 0, memory = 0;  // memory in bytes
+        int64_t threads = 0, memory = 0;  // of each rank; memory in bytes, of all ranks on a machine
     } compute;
+    struct {
+        int64_t ranks = 1;
+        std::string schedule = "1f1b";
+        int64_t folds = 2, virtual_stages = 0;
+        std::string qkv_move = "on";
+        int64_t hang_timeout = 600;  // seconds
+    } parallel;
     struct {
         std::string dir = "runs/train";
         int64_t checkpoint_every = 0, keep = 3;
@@ -52,7 +60,8 @@ struct Config {
         std::string init_from;
         int64_t val_every = 0, val_tokens = 65536;
         int64_t stop_after = 0;
-        bool dry_run = false;
+        bool dry_run = false, verify_layout = false;
+        std::string trace;
         std::string checkpoint;  // read by `generate` and `eval`
         std::string config_file;
     } run;
@@ -68,9 +77,13 @@ struct Config {
         int64_t holdout_every = 20, max_bytes = 0, shard_tokens = 100'000'000;
     } tokenize;
     struct {
-        bool json = false;
-    } doctor;
+        std::string print = "table", draw;  // draw: a file
+        std::string times;
+        int64_t chunks = 0;
+    } plan;
+    bool json = false;
 
+    Launch launch;                // how the process was started
     std::set<std::string> given;  // names of the flags set by the user, not by default
     bool is_given(const std::string& flag) const { return given.count(flag) > 0; }
 };
@@ -78,7 +91,7 @@ struct Config {
 // ---------------------------------------------------------------------------------------------------------------------
 // The table of flags.
 
-enum Command { TRAIN = 1, TOKENIZE = 2, GENERATE = 4, EVAL = 8, DOCTOR = 16 };
+enum Command { TRAIN = 1, TOKENIZE = 2, GENERATE = 4, EVAL = 8, DOCTOR = 16, PLAN = 32 };
 
 struct CommandRow {
     Command command;
@@ -90,6 +103,7 @@ inline const CommandRow command_table[] = {
     {TOKENIZE, "tokenize", "turn files, directories and JSONL into token files"},
     {GENERATE, "generate", "sample text from a checkpoint"},
     {EVAL, "eval", "validation loss and perplexity of a checkpoint on token files"},
+    {PLAN, "plan", "what a schedule would do: its ops, times, bubble and memory, without running it"},
     {DOCTOR, "doctor", "what was compiled in, what the machine has and can do, known problems"},
 };
 
@@ -136,13 +150,13 @@ inline const std::vector<Flag>& flag_table() {
     static const Limits not_negative{.low = 0}, positive{.low = 0, .low_open = true};
     // clang-format off
     static const std::vector<Flag> table = {
-        {"model", TRAIN, IN(model, name), "preset: tiny, bytes, gpt2:d12, gpt3:c768, ..., custom"},
-        {"layers", TRAIN, IN(model, layers), "layers, 0 = the preset's", {0, 10000}},
-        {"channels", TRAIN, IN(model, channels), "width, 0 = the preset's", {0, 1 << 20}},
-        {"heads", TRAIN, IN(model, heads), "attention heads, 0 = the preset's", {0, 1 << 16}},
-        {"context", TRAIN, IN(model, context), "longest sequence in tokens, 0 = the preset's", {0, 1 << 28}},
-        {"vocab", TRAIN, IN(model, vocab), "vocabulary, 0 = the tokenizer's", {0, 1 << 24}},
-        {"untied", TRAIN, IN(model, untied), "the head has a weight of its own, not the embedding's"},
+        {"model", TRAIN | PLAN, IN(model, name), "preset: tiny, bytes, gpt2:d12, gpt3:c768, ..., custom"},
+        {"layers", TRAIN | PLAN, IN(model, layers), "layers, 0 = the preset's", {0, 10000}},
+        {"channels", TRAIN | PLAN, IN(model, channels), "width, 0 = the preset's", {0, 1 << 20}},
+        {"heads", TRAIN | PLAN, IN(model, heads), "attention heads, 0 = the preset's", {0, 1 << 16}},
+        {"context", TRAIN | PLAN, IN(model, context), "longest sequence in tokens, 0 = the preset's", {0, 1 << 28}},
+        {"vocab", TRAIN | PLAN, IN(model, vocab), "vocabulary, 0 = the tokenizer's", {0, 1 << 24}},
+        {"untied", TRAIN | PLAN, IN(model, untied), "the head has a weight of its own, not the embedding's"},
 
         {"data", TRAIN | EVAL, IN(data, train), "token files, a path or pattern such as 'data/train_*.bin'"},
         {"val-data", TRAIN, IN(data, val), "token files for the validation loss, none = no validation"},
@@ -150,11 +164,11 @@ inline const std::vector<Flag>& flag_table() {
          "of the text, none = the preset's or the checkpoint's", {.choices = "bytes|gpt2"}},
         {"tokenizer-dir", TRAIN | TOKENIZE | GENERATE, IN(data, tokenizer_dir),
          "directory of the tokenizer's own files"},
-        {"packing", TRAIN | EVAL, IN(data, packing),
+        {"packing", TRAIN | EVAL | PLAN, IN(data, packing),
          "a sample is one window of the stream or one document", {.choices = "contiguous|documents"}},
-        {"batch-tokens", TRAIN | EVAL, IN(data, batch_tokens), "tokens a step, 0 = 8 contexts", count},
-        {"chunk-tokens", TRAIN | EVAL, IN(data, chunk_tokens),
-         "tokens that go through the model at once, 0 = the batch", count},
+        {"batch-tokens", TRAIN | EVAL | PLAN, IN(data, batch_tokens), "tokens a step, 0 = 8 contexts", count},
+        {"chunk-tokens", TRAIN | EVAL | PLAN, IN(data, chunk_tokens),
+         "tokens that go through the model at once, 0 = the batch; with several ranks a context", count},
 
         {"steps", TRAIN, IN(training, steps), "optimizer steps", count},
         {"lr", TRAIN, IN(training, lr), "largest learning rate", positive},
@@ -173,16 +187,28 @@ inline const std::vector<Flag>& flag_table() {
         {"on-nonfinite", TRAIN, IN(training, on_nonfinite),
          "a loss or gradient is not finite: stop, or skip the update", {.choices = "stop|skip"}},
 
-        {"recompute", TRAIN, IN(compute, recompute),
+        {"recompute", TRAIN | PLAN, IN(compute, recompute),
          "what the backward pass recomputes to save memory", {.choices = "none|without-attention|full"}},
-        {"mlp-chunk", TRAIN | EVAL, IN(compute, mlp_chunk),
+        {"mlp-chunk", TRAIN | EVAL | PLAN, IN(compute, mlp_chunk),
          "tokens the MLP works on at once, 0 = the whole chunk", count},
-        {"head-chunk", TRAIN | EVAL, IN(compute, head_chunk),
+        {"head-chunk", TRAIN | EVAL | PLAN, IN(compute, head_chunk),
          "tokens whose logits exist at once, 0 = the whole chunk", count},
-        {"threads", TRAIN | GENERATE | EVAL | DOCTOR, IN(compute, threads),
-         "0 = every core the process may use", {0, 4096}},
+        {"threads", TRAIN | GENERATE | EVAL | PLAN | DOCTOR, IN(compute, threads),
+         "of each rank, 0 = its share of the cores", {0, 4096}},
         {"memory", TRAIN | GENERATE | EVAL, IN(compute, memory),
          "most bytes to use (12GiB works too), 0 = what is available", count},
+
+        {"ranks", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, ranks),
+         "pipeline ranks, as threads of this process; under mpirun its number of processes", {1, 4096}},
+        {"schedule", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, schedule),
+         "who computes what when, with several ranks", {.choices = "gpipe|1f1b|interleaved|zb-h1|zb-h2|helix"}},
+        {"folds", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, folds), "helix: chunks handled back to back", {1, 1024}},
+        {"virtual-stages", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, virtual_stages),
+         "interleaved: stages a rank, 0 = as many as there are layers for", {0, 10000}},
+        {"qkv-move", TRAIN | PLAN, IN(parallel, qkv_move),
+         "helix: send weights for queries, keys and values, not the products", {.choices = "on|off"}},
+        {"hang-timeout", TRAIN | GENERATE | EVAL, IN(parallel, hang_timeout),
+         "seconds after which a rank that does not go on is given up, before op times are known", {1, 1 << 30}},
 
         {"run-dir", TRAIN, IN(run, dir), "directory for checkpoints, metrics and the effective configuration"},
         {"checkpoint-every", TRAIN, IN(run, checkpoint_every), "steps between checkpoints, 0 = only at the end", count},
@@ -194,8 +220,11 @@ inline const std::vector<Flag>& flag_table() {
         {"val-tokens", TRAIN | EVAL, IN(run, val_tokens), "most tokens of a validation (one sample at least), 0 = all", count},
         {"stop-after", TRAIN, IN(run, stop_after), "stop with a checkpoint after this step of --steps, 0 = no", count},
         {"dry-run", TRAIN, IN(run, dry_run), "print the memory plan and exit"},
+        {"verify-layout", TRAIN, IN(run, verify_layout),
+         "take 3 steps on these ranks and on one, compare them and exit: 0 if they agree, else 1"},
+        {"trace", TRAIN, IN(run, trace), "write when each op ran into FILE (Perfetto's JSON) and FILE.svg"},
         {"checkpoint", GENERATE | EVAL, IN(run, checkpoint), "directory of a checkpoint, or of a run: its newest"},
-        {"config", TRAIN | TOKENIZE | GENERATE | EVAL | DOCTOR, IN(run, config_file),
+        {"config", TRAIN | TOKENIZE | GENERATE | EVAL | PLAN | DOCTOR, IN(run, config_file),
          "TOML file with these names; flags win over it"},
 
         {"prompt", GENERATE, IN(generate, prompt), "text to continue"},
@@ -213,7 +242,13 @@ inline const std::vector<Flag>& flag_table() {
          "most bytes of text, chosen by a hash of the path; 0 = all", count},
         {"shard-tokens", TOKENIZE, IN(tokenize, shard_tokens), "tokens of one file", {1, (1LL << 31) - 1}},
 
-        {"json", DOCTOR, IN(doctor, json), "print one JSON object instead of tables"},
+        {"print", PLAN, IN(plan, print),
+         "times and memory of the schedule, its ops, or the memory of all", {.choices = "table|ops|memory"}},
+        {"draw", PLAN, IN(plan, draw), "a picture of the plan: FILE.svg, or - for the terminal"},
+        {"chunks", PLAN, IN(plan, chunks), "chunks a step, 0 = those of --batch-tokens", count},
+        {"times", PLAN, IN(plan, times),
+         "forward times of pre,attention,post, such as 1,4,3; none = from the FLOPs"},
+        {"json", PLAN | DOCTOR, "output", [](Config& c) -> Field { return &c.json; }, "print one JSON object instead of tables"},
     };
     // clang-format on
 #undef IN

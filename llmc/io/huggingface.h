@@ -114,10 +114,10 @@ inline GptConfig read_model_config(const std::string& directory) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The flat buffers of a model in training, as checkpoints see them. Elements lie at the parameters' offsets.
+// The flat buffers of a rank, as checkpoints see them. Elements lie at the parameters' offsets.
 struct CheckpointView {
-    const GptConfig& config;
-    const std::vector<Parameter>& parameters;
+    const GptConfig& config;                   // of the whole model
+    const std::vector<Parameter>& parameters;  // that the rank holds, maybe none
     floatS* master;
     floatS *m = nullptr, *v = nullptr;  // null where only weights are wanted
 };
@@ -151,15 +151,16 @@ private:
     std::map<std::string, Place> places;
 };
 
-// What keeps the tensors `prefix`<parameter> of `files` from fitting the model: nothing, or one line each.
-inline std::vector<std::string> tensor_mismatches(const TensorFiles& files, const CheckpointView& view,
+// What keeps the tensors `prefix`<parameter> of `files` from fitting the model: nothing, or one line each. It is judged
+// for the whole model, so that every rank comes to the same verdict.
+inline std::vector<std::string> tensor_mismatches(const TensorFiles& files, const GptConfig& config,
                                                   const std::string& prefix = "") {
     std::vector<std::string> lines;
     std::map<std::string, TensorFiles::Place> extra;
     for (const auto& entry : files.all())
         if (entry.first.starts_with(prefix)) extra.insert(entry);
-    for (const Parameter& parameter : view.parameters) {
-        const StoredForm form = stored_form(view.config, parameter);
+    for (const Parameter& parameter : parameter_table(config)) {
+        const StoredForm form = stored_form(config, parameter);
         const auto found = extra.find(prefix + form.name);
         if (found == extra.end()) {
             lines.push_back(prefix + form.name + ": the model has " + shape_text(form.shape) +
@@ -172,7 +173,7 @@ inline std::vector<std::string> tensor_mismatches(const TensorFiles& files, cons
                             shape_text(tensor.shape));
         extra.erase(found);
     }
-    if (view.config.tied) extra.erase(prefix + "lm_head.weight");  // compared with wte.weight when that is read
+    if (config.tied) extra.erase(prefix + "lm_head.weight");  // compared with wte.weight when that is read
     for (const auto& [name, place] : extra)
         lines.push_back(name + ": the model does not have it, the file has " + shape_text(place.tensor->shape));
     return lines;
@@ -208,8 +209,8 @@ inline void write_tensor(SafetensorsWriter& file, const StoredForm& form, const 
     }
 }
 
-// Reads the tensors `prefix`<parameter>, which fit, into the flat buffer. Everything else in it becomes zero, the
-// padded rows of the vocabulary too.
+// Reads the tensors `prefix`<parameter> that the rank holds, which fit, into the flat buffer. Everything else in it
+// becomes zero, the padded rows of the vocabulary too.
 inline void read_tensors(const TensorFiles& files, const CheckpointView& view, const std::string& prefix,
                          floatS* flat) {
     std::fill_n(flat, flat_size(view.parameters), floatS(0));
@@ -251,7 +252,7 @@ inline std::vector<std::string> huggingface_files(const std::string& path) {
 
 inline void init_from_huggingface(const std::string& path, const CheckpointView& view) {
     const TensorFiles files(huggingface_files(path));
-    std::vector<std::string> lines = tensor_mismatches(files, view);
+    std::vector<std::string> lines = tensor_mismatches(files, view.config);
     const std::filesystem::path given(path);
     const std::string directory = std::filesystem::is_directory(given) ? path : (given.parent_path() / ".").string();
     if (path_exists(directory + "/config.json"))
@@ -263,17 +264,18 @@ inline void init_from_huggingface(const std::string& path, const CheckpointView&
     for (floatS* moments : {view.m, view.v})
         if (moments) std::fill_n(moments, flat_size(view.parameters), floatS(0));
 
-    // A tied model may be saved with its head, but then the head must be the embedding.
+    // A tied model may be saved with its head, but then the head must be the embedding. Who has that compares.
     const auto head = files.all().find("lm_head.weight");
-    if (!view.config.tied || head == files.all().end()) return;
+    const auto embedding = std::find_if(view.parameters.begin(), view.parameters.end(),
+                                        [](const Parameter& p) { return p.name == "wte.weight"; });
+    if (!view.config.tied || head == files.all().end() || embedding == view.parameters.end()) return;
     const auto& [file, tensor] = head->second;
     const int64_t columns = view.config.channels;
     const bool same_shape = tensor->shape == std::vector<int64_t>{view.config.vocab, columns};
     std::vector<floatS> row(size_t(columns), 0);
     for (int64_t r = 0; r < view.config.vocab; ++r) {
         if (same_shape) file->read_range(*tensor, r * columns, columns, row.data());
-        if (!same_shape ||
-            !std::equal(row.begin(), row.end(), view.master + view.parameters.front().offset + r * columns))
+        if (!same_shape || !std::equal(row.begin(), row.end(), view.master + embedding->offset + r * columns))
             throw Failure(EXIT_CONFIG,
                           path +
                               " has an lm_head.weight that differs from its embedding, wte.weight; ask for "

@@ -67,6 +67,7 @@ inline std::string step_text(const StepRecord& record, int64_t steps, std::optio
     if (record.ms) text += format(*record.ms < 10 ? " | %.1f ms" : " | %.0f ms", *record.ms);
     if (record.tokens_per_second) text += format(" | %.0f tok/s", *record.tokens_per_second);
     if (record.mfu) text += format(" | mfu %.1f %%", 100 * *record.mfu);
+    if (record.bubble) text += format(" | bubble %.1f %%", 100 * *record.bubble);
     if (record.memory_bytes) text += " | " + bytes_text(*record.memory_bytes);
     if (eta_seconds) text += " | eta " + duration_text(*eta_seconds);
     return text;
@@ -74,7 +75,7 @@ inline std::string step_text(const StepRecord& record, int64_t steps, std::optio
 
 class Console {
 public:
-    explicit Console(int64_t steps) : steps_(steps), terminal_(::isatty(STDOUT_FILENO)) {}
+    Console(int64_t steps, bool terminal) : steps_(steps), terminal_(terminal) {}
     ~Console() { clear_bar(); }
 
     void step(const StepRecord& record) {
@@ -112,7 +113,7 @@ private:
         ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size);
         const size_t width = size.ws_col > 1 ? size.ws_col - 1u : 79u;
         if (text.size() > width)
-            for (const char* name : {"step ", "loss ", "norm ", "lr ", "mfu ", "eta ", " tok/s", "| "})
+            for (const char* name : {"step ", "loss ", "norm ", "lr ", "mfu ", "bubble ", "eta ", " tok/s", "| "})
                 for (size_t at; (at = text.find(name)) != std::string::npos;) {
                     if (std::string(name) == " tok/s") text.replace(at, 6, "/s");
                     else text.erase(at, std::strlen(name));

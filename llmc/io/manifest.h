@@ -32,7 +32,7 @@ struct TrainingState {
 struct Manifest {
     TrainingState state;
     GptConfig model;
-    std::map<std::string, std::string> environment;  // what the bits of a sum depend on
+    std::map<std::string, std::string> environment{};  // what the bits of a sum depend on
     std::map<std::string, FileRecord> files{};
     nlohmann::json tensors = nlohmann::json::array();  // name, file, dtype, global shape, offset in it, bytes
 };
@@ -56,6 +56,22 @@ inline std::map<std::string, std::string> current_environment() {
 inline constexpr const char* manifest_name = "manifest.json";
 inline constexpr const char* manifest_format = "helixtrain checkpoint 1";
 
+inline nlohmann::json records_to_json(const std::map<std::string, FileRecord>& files) {
+    nlohmann::json contents = nlohmann::json::object();
+    for (const auto& [name, record] : files) contents[name] = {{"bytes", record.bytes}, {"xxh3_128", record.hash}};
+    return contents;
+}
+
+inline std::map<std::string, FileRecord> records_from_json(const nlohmann::json& contents, const std::string& path) {
+    std::map<std::string, FileRecord> files;
+    for (const auto& [name, file] : contents.items()) {
+        if (name.find('/') != std::string::npos)
+            throw Failure(EXIT_DATA, path + " names the file " + name + ", outside its directory.");
+        files[name] = {json_integer(file, "bytes", path), json_string(file, "xxh3_128", path)};
+    }
+    return files;
+}
+
 inline void write_manifest(const std::string& directory, const Manifest& manifest) {
     const TrainingState& state = manifest.state;
     nlohmann::json contents = {{"format", manifest_format},
@@ -69,9 +85,8 @@ inline void write_manifest(const std::string& directory, const Manifest& manifes
                                {"extra", state.extra},
                                {"model", huggingface_config(manifest.model, state.end_of_text)},
                                {"environment", manifest.environment},
+                               {"files", records_to_json(manifest.files)},
                                {"tensors", manifest.tensors}};
-    for (const auto& [name, record] : manifest.files)
-        contents["files"][name] = {{"bytes", record.bytes}, {"xxh3_128", record.hash}};
     // The hash is over the parsed contents in their canonical form, which is what a reader can compute again.
     contents = nlohmann::json::parse(json_text(contents));
     contents["xxh3_128"] = hash_of(json_text(contents, -1));
@@ -103,11 +118,7 @@ inline Manifest read_manifest(const std::string& directory) {
     manifest.model = model_config_from(json_member(contents, "model", path), path);
     for (const auto& [name, value] : json_member(contents, "environment", path).items())
         manifest.environment[name] = as_string(value, path);
-    for (const auto& [name, file] : json_member(contents, "files", path).items()) {
-        if (name.find('/') != std::string::npos)
-            throw Failure(EXIT_DATA, path + " names the file " + name + ", outside its directory.");
-        manifest.files[name] = {json_integer(file, "bytes", path), json_string(file, "xxh3_128", path)};
-    }
+    manifest.files = records_from_json(json_member(contents, "files", path), path);
     manifest.tensors = json_member(contents, "tensors", path);
     return manifest;
 }

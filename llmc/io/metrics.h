@@ -13,7 +13,8 @@
 
 struct StepRecord {
     int64_t step = 0;  // 0 is the model before the first update
-    std::optional<double> loss = {}, val_loss = {}, grad_norm = {}, lr = {}, ms = {}, tokens_per_second = {}, mfu = {};
+    std::optional<double> loss = {}, val_loss = {}, grad_norm = {}, lr = {}, ms = {}, tokens_per_second = {}, mfu = {},
+                          bubble = {};
     std::optional<int64_t> memory_bytes = {};
 };
 
@@ -29,6 +30,7 @@ inline constexpr MetricKey metric_keys[] = {
     {"ms", &StepRecord::ms},
     {"tokens_per_second", &StepRecord::tokens_per_second},
     {"mfu", &StepRecord::mfu},
+    {"bubble", &StepRecord::bubble},
 };
 
 inline std::string json_line(const StepRecord& record) {

@@ -10,6 +10,24 @@
 // The tokens of a tokenizer, end-of-text included.
 inline int64_t tokenizer_vocab(const std::string& tokenizer) { return tokenizer == "gpt2" ? 50257 : 257; }
 
+// The forward times of pre, attention and post that `plan --times` gives, in ms; none if the text is anything else.
+inline std::vector<double> forward_times(const std::string& text) {
+    std::vector<double> times;
+    for (const char *at = text.data(), *end = at + text.size(); at < end && (times.empty() || *at++ == ',');) {
+        double value = 0;
+        const auto [next, error] = std::from_chars(at, end, value);
+        if (error != std::errc() || !(value >= 0 && value < 1e9)) return {};
+        times.push_back(value);
+        at = next;
+        if (at == end && times.size() == 3 && times[0] + times[1] + times[2] > 0) return times;
+    }
+    return {};
+}
+
+inline int64_t planned_chunks(const Config& c) {
+    return c.plan.chunks ? c.plan.chunks : ceil_div(c.data.batch_tokens, c.data.chunk_tokens);
+}
+
 // problem() returns "", or why the values of the flags do not go together and what would; the values are printed before
 // it from the list of names. A size of 0 is not known yet: it comes with a checkpoint.
 struct Relation {
@@ -22,7 +40,7 @@ inline const std::vector<Relation>& relation_table() {
     using std::string, std::to_string;
     // clang-format off
     static const std::vector<Relation> table = {
-        {TRAIN, {"model"}, [](const Config& c) -> string {
+        {TRAIN | PLAN, {"model"}, [](const Config& c) -> string {
             if (find_preset(c.model.name)) return "";
             if (c.model.name == "gpt3:c5140")
                 return "5140 channels do not divide by heads of 128; use --model gpt3:c5120";
@@ -30,12 +48,12 @@ inline const std::vector<Relation>& relation_table() {
             for (const Preset& preset : presets()) names.push_back(preset.name);
             return "there is no such preset; use --model " + nearest(c.model.name, names);
         }},
-        {TRAIN, {"model", "layers", "channels", "heads", "context"}, [](const Config& c) -> string {
+        {TRAIN | PLAN, {"model", "layers", "channels", "heads", "context"}, [](const Config& c) -> string {
             const bool known = c.model.layers && c.model.channels && c.model.heads && c.model.context;
             if (known || c.model.name != "custom" || !c.run.init_from.empty()) return "";
             return "`custom` needs all sizes; use --layers 4 --channels 192 --heads 4 --context 256";
         }},
-        {TRAIN, {"channels", "heads"}, [](const Config& c) -> string {
+        {TRAIN | PLAN, {"channels", "heads"}, [](const Config& c) -> string {
             const int64_t C = c.model.channels, NH = c.model.heads;
             if (!C || !NH || C % NH == 0) return "";
             int64_t fewer = NH;
@@ -97,6 +115,36 @@ inline const std::vector<Relation>& relation_table() {
             if (c.run.dir.empty() || c.run.resume || c.run.dry_run) return "";
             if (!holds("/metrics.jsonl") && !holds("/checkpoints")) return "";
             return "the directory holds a run; use --resume to continue it, or --run-dir " + c.run.dir + "-2";
+        }},
+        {TRAIN | GENERATE | EVAL, {"ranks"}, [](const Config& c) -> string {
+            if (c.launch.ranks == 1 || c.parallel.ranks == c.launch.ranks) return "";
+            return c.launch.source + " has started " + to_string(c.launch.ranks) +
+                   " processes, each of which is a rank; use --ranks " + to_string(c.launch.ranks) + " or leave it out";
+        }},
+        {TRAIN | EVAL, {"ranks", "schedule", "chunk-tokens", "context"}, [](const Config& c) -> string {
+            const bool sliced = c.data.chunk_tokens && c.data.chunk_tokens < c.model.context;
+            if (c.parallel.ranks == 1 || !sliced || c.parallel.schedule == "gpipe") return "";
+            return "sequences longer than a chunk are cut into slices, which this schedule cannot run; use --schedule "
+                   "gpipe, --ranks 1 or --chunk-tokens " + to_string(c.model.context);
+        }},
+        {TRAIN, {"verify-layout", "ranks"}, [](const Config& c) -> string {
+            return c.run.verify_layout && c.parallel.ranks == 1 ? "one rank is compared with several; use --ranks 2" : "";
+        }},
+        {PLAN, {"times"}, [](const Config& c) -> string {
+            if (c.plan.times.empty() || !forward_times(c.plan.times).empty()) return "";
+            return "three times in ms, of pre, attention and post, not all 0; use --times 1,4,3";
+        }},
+        {PLAN, {"chunks", "batch-tokens", "chunk-tokens", "layers"}, [](const Config& c) -> string {
+            constexpr int64_t most = 1'000'000;
+            if (!c.data.chunk_tokens || planned_chunks(c) <= most / (6 * c.model.layers + 2)) return "";
+            return "a plan lists every op, a million at most; use --chunks " +
+                   to_string(std::max<int64_t>(1, most / (6 * c.model.layers + 2)));
+        }},
+        {PLAN, {"print", "json", "draw"}, [](const Config& c) -> string {
+            if ((c.plan.print != "table") + c.json + (c.plan.draw == "-") > 1)
+                return "the terminal shows one of them; use --draw plan.svg, or the others one by one";
+            if (c.plan.print == "table" || c.plan.draw.empty()) return "";
+            return "lists are printed or drawn; use --print table";
         }},
         {GENERATE | EVAL, {"checkpoint"}, [](const Config& c) -> string {
             return c.run.checkpoint.empty() ? "there is no model without one; use --checkpoint runs/train" : "";

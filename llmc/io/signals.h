@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <functional>
 #include <string>
@@ -20,8 +21,11 @@ class Signals {
 public:
     std::atomic<bool> checkpoint_wanted = false, stop_wanted = false;
 
-    // Call before the first thread is made, since threads inherit the mask. `status` names the current op.
-    explicit Signals(std::function<std::string()> status) : status_(std::move(status)) {
+    // Call before the first thread is made, since threads inherit the mask. `status` names the current op. Of a run of
+    // several processes the launcher ends all when one has died: then `peer_died` tells that there is nothing to save.
+    explicit Signals(
+        std::function<std::string()> status, std::function<bool()> peer_died = [] { return false; })
+        : status_(std::move(status)), peer_died_(std::move(peer_died)) {
         sigemptyset(&set_);
         for (int s : {SIGUSR1, SIGUSR2, SIGTERM, SIGINT, SIGQUIT, wake_}) sigaddset(&set_, s);
         pthread_sigmask(SIG_BLOCK, &set_, nullptr);
@@ -38,6 +42,7 @@ private:
     static constexpr int wake_ = SIGWINCH;  // ignored by default, so nobody else sends it to a trainer in earnest
     sigset_t set_;
     std::function<std::string()> status_;
+    std::function<bool()> peer_died_;
     std::atomic<bool> ended_ = false;
     std::thread waiter_;
 
@@ -46,6 +51,8 @@ private:
             if (signal == SIGQUIT) std::fprintf(stderr, "%s\n", status_().c_str());
             if (signal == SIGUSR1) checkpoint_wanted = true;
             if (signal != SIGUSR2 && signal != SIGTERM && signal != SIGINT) continue;
+            if (signal == SIGTERM) std::this_thread::sleep_for(std::chrono::milliseconds(100));
+            if (peer_died_()) continue;
             if (stop_wanted.exchange(true) && signal != SIGUSR2) _exit(128 + signal);
             std::fprintf(stderr, "signal %d: checkpoint after this step, then exit 75; once more to exit now\n",
                          signal);

@@ -34,27 +34,29 @@ int64_t bytes_of(const Arguments&... arguments) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensors that flow between ops or are kept for the backward pass.
 
-struct ResidualTensor {
-    Matrix<floatR> rows;  // [N, C]
-    ResidualTensor(Allocator& a, int64_t N, const GptConfig& g) : rows(a.take<floatR>(N, g.channels)) {}
+// One matrix. Residual stream and its gradient: floatR [N, C]. LayerNorm and attention outputs and their gradients:
+// floatX [N, C]. Queries, keys, values and their gradient: floatX [N, 3C]. Keys and values of a sequence that is cut
+// into slices: floatX [len, 2C], keys first, and the sums of their gradients, floatS. Log-sum-exp: floatS [N, NH].
+template <class T>
+struct RowsTensor {
+    Matrix<T> rows;
+    RowsTensor(Allocator& a, int64_t N, int64_t cols) : rows(a.take<T>(N, cols)) {}
 };
 
-struct PreActivations {
-    Matrix<floatX> ln1;   // [N, C]
-    floatS *mean, *rstd;  // [N]
-    Matrix<floatX> qkv;   // [N, 3C]
-    PreActivations(Allocator& a, int64_t N, const GptConfig& g)
-        : ln1(a.take<floatX>(N, g.channels)),
-          mean(a.take<floatS>(N)),
-          rstd(a.take<floatS>(N)),
-          qkv(a.take<floatX>(N, 3 * g.channels)) {}
+// Mean and reciprocal standard deviation of the rows that a LayerNorm has seen.
+struct NormStatistics {
+    floatS *mean = nullptr, *rstd = nullptr;  // [N]
+    NormStatistics() = default;
+    NormStatistics(Allocator& a, int64_t N) : mean(a.take<floatS>(N)), rstd(a.take<floatS>(N)) {}
 };
 
-struct AttentionActivations {
-    Matrix<floatX> out;  // [N, C]
-    Matrix<floatS> lse;  // [N, NH]
-    AttentionActivations(Allocator& a, int64_t N, const GptConfig& g)
-        : out(a.take<floatX>(N, g.channels)), lse(a.take<floatS>(N, g.heads)) {}
+// Weights (floatX) for queries, keys and values as they travel to an attention, or their gradients (floatS) back.
+template <class T>
+struct QkvWeights {
+    T *weight, *bias;  // [3C, C], [3C]
+    QkvWeights(T* weight, T* bias) : weight(weight), bias(bias) {}
+    QkvWeights(Allocator& a, const GptConfig& g)
+        : weight(a.take<T>(3 * g.channels * g.channels)), bias(a.take<T>(3 * g.channels)) {}
 };
 
 struct PostActivations {
@@ -82,23 +84,15 @@ struct PostActivations {
     }
 };
 
-// Keys and values of a sequence that is cut into slices, [len, 2C], keys first; and the sums of their gradients.
-struct StoreTensor {
-    Matrix<floatX> rows;
-    StoreTensor(Allocator& a, int64_t length, const GptConfig& g) : rows(a.take<floatX>(length, 2 * g.channels)) {}
-};
-struct StoreGradient {
-    Matrix<floatS> rows;
-    StoreGradient(Allocator& a, int64_t length, const GptConfig& g) : rows(a.take<floatS>(length, 2 * g.channels)) {}
-};
-
-struct AttentionGradient {
-    Matrix<floatX> rows;  // [N, C]
-    AttentionGradient(Allocator& a, int64_t N, const GptConfig& g) : rows(a.take<floatX>(N, g.channels)) {}
-};
-struct QkvGradient {
-    Matrix<floatX> rows;  // [N, 3C]
-    QkvGradient(Allocator& a, int64_t N, const GptConfig& g) : rows(a.take<floatX>(N, 3 * g.channels)) {}
+// What a split backward of post_attention leaves for the gradients of its weights: gradients of the layer's output, of
+// the residual stream between attention and MLP, and, unless it is recomputed, of the value before GELU.
+struct PostGradients {
+    Matrix<floatX> d_out, d_middle;  // [N, C]
+    Matrix<floatX> d_fc;             // [N, 4C], or no rows
+    PostGradients(Allocator& a, int64_t N, const GptConfig& g, bool keep_fc)
+        : d_out(a.take<floatX>(N, g.channels)),
+          d_middle(a.take<floatX>(N, g.channels)),
+          d_fc(a.take<floatX>(keep_fc ? N : 0, 4 * g.channels)) {}
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -110,12 +104,16 @@ struct PostWorkspace {
     Matrix<floatX> d_residual;  // [n, C], gradient of the residual stream as matrix products read it
     Matrix<floatX> d_fc;        // [n, 4C]
     Matrix<floatX> d_ln2;       // [n, C]
+    Matrix<floatR> output;      // [n, C], the layer's output where the next layer's pre_attention needs it again,
+    NormStatistics norm;        // and the statistics of the LayerNorm there
     PostWorkspace(Allocator& a, int64_t n, const GptConfig& g)
         : activations(a, n, g),
           branch(a.take<floatX>(n, g.channels)),
           d_residual(a.take<floatX>(n, g.channels)),
           d_fc(a.take<floatX>(n, 4 * g.channels)),
-          d_ln2(a.take<floatX>(n, g.channels)) {}
+          d_ln2(a.take<floatX>(n, g.channels)),
+          output(a.take<floatR>(n, g.channels)),
+          norm(a, n) {}
 };
 
 struct PreWorkspace {

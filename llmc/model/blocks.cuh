@@ -4,9 +4,8 @@
 //   embed           tokens               -> x(0)                  x(0) = wte[token] + wpe[position]
 //   pre_attention   x(l)                 -> q, k, v               LayerNorm, then one product for all three
 //   attention       q, k, v              -> o, lse                causal within each segment; no parameters
-//   post_attention  x(l), o              -> x(l+1)                r = x + proj(o);  x' = r +
-//   out(gelu(fc(LayerNorm(r)))) head            x(L), targets        -> loss                  LayerNorm, logits, cross
-//   entropy
+//   post_attention  x(l), o              -> x(l+1)                r = x(l) + proj(o), x(l+1) = r + out(gelu(fc(LN(r))))
+//   head            x(L), targets        -> loss                  LayerNorm, logits, cross entropy
 //
 // Backward functions add to the gradients of their parameters (floatS) and update d_residual, the gradient of the
 // residual stream, in place from x(L) down to x(0). All ops but attention work row by row, so they may handle any
@@ -64,25 +63,54 @@ inline void embed_backward(const BlockContext& ctx, const ModelTensors<floatS>& 
 // ---------------------------------------------------------------------------------------------------------------------
 // pre_attention
 
-inline void pre_attention_forward(const BlockContext& ctx, const LayerTensors<floatX>& w, const PreActivations& a,
+// `qkv` [N, 3C] is left out where the QKV move has the products computed beside the attention.
+inline void pre_attention_forward(const BlockContext& ctx, const LayerTensors<floatX>& w, Matrix<floatX> ln1,
+                                  const NormStatistics& norm, const std::optional<Matrix<floatX>>& qkv,
                                   Matrix<const floatR> x) {
     const int64_t C = ctx.config.channels;
-    layernorm_forward(ctx.device, a.ln1, a.mean, a.rstd, x, w.ln1_weight, w.ln1_bias);
-    matmul_forward(ctx.device, a.qkv, a.ln1, {w.qkv_weight, 3 * C, C}, w.qkv_bias);
+    layernorm_forward(ctx.device, ln1, norm.mean, norm.rstd, x, w.ln1_weight, w.ln1_bias);
+    if (qkv) matmul_forward(ctx.device, *qkv, ln1, {w.qkv_weight, 3 * C, C}, w.qkv_bias);
+}
+
+// Where the backward of pre_attention begins: at the gradient of the products, or, after the QKV move, at that of their
+// input.
+struct PreGradient {
+    Matrix<const floatX> d_qkv;  // [N, 3C], or no rows
+    Matrix<const floatX> d_ln1;  // [N, C], or no rows
+
+    PreGradient row_range(int64_t begin, int64_t n) const {
+        return d_qkv.rows ? PreGradient{d_qkv.row_range(begin, n), d_ln1}
+                          : PreGradient{d_qkv, d_ln1.row_range(begin, n)};
+    }
+};
+
+// The n rows of one range: down to the residual stream. `d_ln1` [n, C] is scratch.
+inline void pre_attention_backward_rows(const BlockContext& ctx, const LayerTensors<floatX>& w,
+                                        const LayerTensors<floatS>& dw, Matrix<floatR> d_residual,
+                                        const PreGradient& gradient, Matrix<floatX> d_ln1, const floatS* mean,
+                                        const floatS* rstd, Matrix<const floatR> x) {
+    const int64_t C = ctx.config.channels;
+    if (gradient.d_qkv.rows) matmul_backward_input(ctx.device, d_ln1, gradient.d_qkv, {w.qkv_weight, 3 * C, C});
+    layernorm_backward(ctx.device, d_residual, dw.ln1_weight, dw.ln1_bias,
+                       gradient.d_qkv.rows ? Matrix<const floatX>(d_ln1) : gradient.d_ln1, x, mean, rstd, w.ln1_weight);
 }
 
 inline void pre_attention_backward(BlockContext ctx, const LayerTensors<floatX>& w, const LayerTensors<floatS>& dw,
-                                   Matrix<floatR> d_residual, Matrix<const floatX> d_qkv, const PreActivations& a,
+                                   Matrix<floatR> d_residual, const PreGradient& gradient, const NormStatistics& norm,
                                    Matrix<const floatR> x) {
-    const int64_t N = x.rows, C = ctx.config.channels;
-    matmul_backward_weight(ctx.device, {dw.qkv_weight, 3 * C, C}, dw.qkv_bias, d_qkv, a.ln1);
-    const PreWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
-    for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
-        const Matrix<floatX> d_ln1 = ws.d_ln1.row_range(0, n);
-        matmul_backward_input(ctx.device, d_ln1, d_qkv.row_range(begin, n), {w.qkv_weight, 3 * C, C});
-        layernorm_backward(ctx.device, d_residual.row_range(begin, n), dw.ln1_weight, dw.ln1_bias, d_ln1,
-                           x.row_range(begin, n), a.mean + begin, a.rstd + begin, w.ln1_weight);
+    const PreWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, x.rows), ctx.config);
+    for_row_ranges(x.rows, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
+        pre_attention_backward_rows(ctx, w, dw, d_residual.row_range(begin, n), gradient.row_range(begin, n),
+                                    ws.d_ln1.row_range(0, n), norm.mean + begin, norm.rstd + begin,
+                                    x.row_range(begin, n));
     });
+}
+
+// The gradients of weight and bias for queries, keys and values are added to `dw`.
+inline void qkv_backward_weight(const BlockContext& ctx, const QkvWeights<floatS>& dw, Matrix<const floatX> d_qkv,
+                                Matrix<const floatX> ln1) {
+    const int64_t C = ctx.config.channels;
+    matmul_backward_weight(ctx.device, {dw.weight, 3 * C, C}, dw.bias, d_qkv, ln1);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -112,22 +140,23 @@ inline std::vector<AttentionSegment> attention_segments(std::span<const SegmentR
     return segments;
 }
 
-inline void attention_block_forward(const BlockContext& ctx, const AttentionActivations& a, Matrix<floatX> qkv,
+inline void attention_block_forward(const BlockContext& ctx, Matrix<floatX> out, Matrix<floatS> lse, Matrix<floatX> qkv,
                                     Matrix<floatX> store, std::span<const SegmentRows> rows) {
     const int64_t C = ctx.config.channels;
     for (const SegmentRows& r : rows)
         if (r.sliced)
             copy_rows(ctx.device, store.row_range(r.context, r.length),
                       Matrix<const floatX>(qkv.row_range(r.begin, r.length).column_range(C, 2 * C)));
-    attention_forward(ctx.device, a.out, a.lse, qkv.column_range(0, C), attention_segments(rows, qkv, store),
+    attention_forward(ctx.device, out, lse, qkv.column_range(0, C), attention_segments(rows, qkv, store),
                       int(ctx.config.heads));
 }
 
 // d_store sums the gradients of all keys and values of a cut sequence, in fp32, while its slices run backward from the
 // last to the first; those of a slice are complete once the slice itself has run. `last_slice` clears it.
 inline void attention_block_backward(const BlockContext& ctx, Matrix<floatX> d_qkv, Matrix<const floatX> d_out,
-                                     const AttentionActivations& a, Matrix<floatX> qkv, Matrix<floatX> store,
-                                     Matrix<floatS> d_store, std::span<const SegmentRows> rows, bool last_slice) {
+                                     Matrix<const floatX> out, Matrix<const floatS> lse, Matrix<floatX> qkv,
+                                     Matrix<floatX> store, Matrix<floatS> d_store, std::span<const SegmentRows> rows,
+                                     bool last_slice) {
     const int64_t C = ctx.config.channels;
     if (last_slice) fill_zero(ctx.device, d_store);
     std::vector<AttentionSegment> segments = attention_segments(rows, qkv, store);
@@ -143,7 +172,7 @@ inline void attention_block_backward(const BlockContext& ctx, Matrix<floatX> d_q
             s.dkv_stride = d_qkv.stride;
         }
     }
-    attention_backward(ctx.device, d_qkv.column_range(0, C), d_out, a.out, qkv.column_range(0, C), a.lse, segments,
+    attention_backward(ctx.device, d_qkv.column_range(0, C), d_out, out, qkv.column_range(0, C), lse, segments,
                        int(ctx.config.heads));
     for (const SegmentRows& r : rows)
         if (r.sliced)
@@ -186,30 +215,81 @@ Matrix<const floatX> as_product_operand(const Device& device, Matrix<floatX> cop
     return copy;
 }
 
+// The backward of the next layer's pre_attention, where it runs right before that of this post_attention and on the
+// same rows: HelixPipe recomputes the two as one block, so that nothing between them is kept.
+struct NextPre {
+    const LayerTensors<floatX>& w;
+    const LayerTensors<floatS>& dw;
+    PreGradient gradient;
+};
+
+// With `split`, the gradients of the weights are left to post_attention_backward_weight.
 inline void post_attention_backward(BlockContext ctx, const LayerTensors<floatX>& w, const LayerTensors<floatS>& dw,
-                                    Matrix<floatR> d_residual, Matrix<floatX> d_out /*[N, C]*/,
+                                    Matrix<floatR> d_residual, Matrix<floatX> d_attention /*[N, C]*/,
                                     const std::optional<PostActivations>& kept, Matrix<const floatR> x,
-                                    Matrix<const floatX> o) {
-    const int64_t N = x.rows, C = ctx.config.channels;
+                                    Matrix<const floatX> o, const std::optional<PostGradients>& split,
+                                    const std::optional<NextPre>& next) {
+    const int64_t N = o.rows, C = ctx.config.channels;
     const Device& device = ctx.device;
     const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
     for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
         const PostActivations a = kept ? kept->row_range(begin, n) : ws.activations.row_range(0, n);
         const Matrix<const floatX> o_rows = o.row_range(begin, n);
-        if (!kept) post_attention_hidden(ctx, w, a, ws.branch.row_range(0, n), x.row_range(begin, n), o_rows);
-
         const Matrix<floatR> d_rows = d_residual.row_range(begin, n);
-        const Matrix<floatX> d_fc = ws.d_fc.row_range(0, n), d_ln2 = ws.d_ln2.row_range(0, n);
-        Matrix<const floatX> d_branch = as_product_operand(device, ws.d_residual.row_range(0, n), d_rows);
+        const Matrix<floatX> d_ln2 = ws.d_ln2.row_range(0, n), branch = ws.branch.row_range(0, n);
+        if (!kept) post_attention_hidden(ctx, w, a, branch, x.row_range(begin, n), o_rows);
+        if (next) {
+            const Matrix<floatR> output = ws.output.row_range(0, n);
+            const Matrix<floatX> ln1 = ws.d_residual.row_range(0, n);
+            const PreGradient gradient = next->gradient.row_range(begin, n);
+            matmul_forward(device, branch, a.gelu, {w.out_weight, C, 4 * C}, w.out_bias);
+            residual_forward(device, output, a.residual, branch);
+            layernorm_forward(device, ln1, ws.norm.mean, ws.norm.rstd, output, next->w.ln1_weight, next->w.ln1_bias);
+            if (gradient.d_qkv.rows)
+                qkv_backward_weight(ctx, {next->dw.qkv_weight, next->dw.qkv_bias}, gradient.d_qkv, ln1);
+            pre_attention_backward_rows(ctx, next->w, next->dw, d_rows, gradient, d_ln2, ws.norm.mean, ws.norm.rstd,
+                                        output);
+        }
+
+        // The gradient of the residual stream is updated in place, so that a split backward needs copies of it.
+        const auto operand = [&](Matrix<floatX> copy) -> Matrix<const floatX> {
+            if (!split) return as_product_operand(device, ws.d_residual.row_range(0, n), d_rows);
+            copy_rows(device, copy.row_range(begin, n), Matrix<const floatR>(d_rows));
+            return copy.row_range(begin, n);
+        };
+        const bool keep_fc = split && split->d_fc.rows;
+        const Matrix<floatX> d_fc = keep_fc ? split->d_fc.row_range(begin, n) : ws.d_fc.row_range(0, n);
+        Matrix<const floatX> d_branch = operand(split ? split->d_out : Matrix<floatX>());
         matmul_backward_input(device, d_fc, d_branch, {w.out_weight, C, 4 * C}, a.fc);
-        matmul_backward_weight(device, {dw.out_weight, C, 4 * C}, dw.out_bias, d_branch, a.gelu);
+        if (!split) matmul_backward_weight(device, {dw.out_weight, C, 4 * C}, dw.out_bias, d_branch, a.gelu);
         matmul_backward_input(device, d_ln2, d_fc, {w.fc_weight, 4 * C, C});
-        matmul_backward_weight(device, {dw.fc_weight, 4 * C, C}, dw.fc_bias, d_fc, a.ln2);
+        if (!split) matmul_backward_weight(device, {dw.fc_weight, 4 * C, C}, dw.fc_bias, d_fc, a.ln2);
         layernorm_backward(device, d_rows, dw.ln2_weight, dw.ln2_bias, d_ln2, a.residual, a.mean, a.rstd, w.ln2_weight);
 
-        d_branch = as_product_operand(device, ws.d_residual.row_range(0, n), d_rows);
-        matmul_backward_input(device, d_out.row_range(begin, n), d_branch, {w.proj_weight, C, C});
-        matmul_backward_weight(device, {dw.proj_weight, C, C}, dw.proj_bias, d_branch, o_rows);
+        d_branch = operand(split ? split->d_middle : Matrix<floatX>());
+        matmul_backward_input(device, d_attention.row_range(begin, n), d_branch, {w.proj_weight, C, C});
+        if (!split) matmul_backward_weight(device, {dw.proj_weight, C, C}, dw.proj_bias, d_branch, o_rows);
+    });
+}
+
+// The products that a split backward has left out.
+inline void post_attention_backward_weight(BlockContext ctx, const LayerTensors<floatX>& w,
+                                           const LayerTensors<floatS>& dw, const PostGradients& d,
+                                           const std::optional<PostActivations>& kept, Matrix<const floatR> x,
+                                           Matrix<const floatX> o) {
+    const int64_t N = o.rows, C = ctx.config.channels;
+    const Device& device = ctx.device;
+    const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
+    for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
+        const PostActivations a = kept ? kept->row_range(begin, n) : ws.activations.row_range(0, n);
+        const Matrix<const floatX> o_rows = o.row_range(begin, n), d_out = d.d_out.row_range(begin, n);
+        Matrix<floatX> d_fc = ws.d_fc.row_range(0, n);
+        if (!kept) post_attention_hidden(ctx, w, a, ws.branch.row_range(0, n), x.row_range(begin, n), o_rows);
+        if (d.d_fc.rows) d_fc = d.d_fc.row_range(begin, n);
+        else matmul_backward_input(device, d_fc, d_out, {w.out_weight, C, 4 * C}, a.fc);
+        matmul_backward_weight(device, {dw.out_weight, C, 4 * C}, dw.out_bias, d_out, a.gelu);
+        matmul_backward_weight(device, {dw.fc_weight, 4 * C, C}, dw.fc_bias, d_fc, a.ln2);
+        matmul_backward_weight(device, {dw.proj_weight, C, C}, dw.proj_bias, d.d_middle.row_range(begin, n), o_rows);
     });
 }
 

@@ -38,9 +38,19 @@ struct Parameter {
     bool decay;          // weight decay: matrices only
     float mean, stddev;  // of the initial values
     int64_t offset = 0;  // of the first element in the flat buffers of weights, gradients and moments
+    int index = 0;       // in the table of the whole model
+    bool copy = false;   // a tied embedding beside the head, where another rank has the original
 
     int64_t size() const { return rows * cols; }
 };
+
+inline void assign_offsets(std::vector<Parameter>& table) {
+    int64_t offset = 0;
+    for (Parameter& p : table) {
+        p.offset = offset;
+        offset = round_up(offset + p.size(), 64);  // every tensor starts on a cache line, whatever its type
+    }
+}
 
 inline std::vector<Parameter> parameter_table(const GptConfig& g) {
     const int64_t C = g.channels, Vp = g.padded_vocab;
@@ -72,18 +82,26 @@ inline std::vector<Parameter> parameter_table(const GptConfig& g) {
     vector("ln_f.weight", Part::head, -1, C, 1);
     vector("ln_f.bias", Part::head, -1, C, 0);
     if (!g.tied) matrix("lm_head.weight", Part::head, -1, Vp, C, std);
-
-    int64_t offset = 0;
-    for (Parameter& p : table) {
-        p.offset = offset;
-        offset = round_up(offset + p.size(), 64);  // every tensor starts on a cache line, whatever its type
-    }
+    for (size_t i = 0; i < table.size(); ++i) table[i].index = int(i);
+    assign_offsets(table);
     return table;
 }
 
-// Elements of a flat buffer that holds every parameter, the gaps of alignment included.
+// The parameters that a rank holds: of the parts that it runs, and the tied embedding where it runs the head.
+template <class Runs>  // bool runs(Part, int layer)
+std::vector<Parameter> parameters_of(const GptConfig& g, const Runs& runs) {
+    std::vector<Parameter> held;
+    for (Parameter p : parameter_table(g)) {
+        p.copy = !runs(p.part, p.layer);
+        if (!p.copy || (g.tied && p.index == 0 && runs(Part::head, -1))) held.push_back(p);
+    }
+    assign_offsets(held);
+    return held;
+}
+
+// Elements of a flat buffer that holds these parameters, the gaps of alignment included.
 inline int64_t flat_size(const std::vector<Parameter>& table) {
-    return round_up(table.back().offset + table.back().size(), 64);
+    return table.empty() ? 0 : round_up(table.back().offset + table.back().size(), 64);
 }
 
 inline int64_t parameter_count(const GptConfig& g) {
@@ -99,21 +117,22 @@ inline int64_t used_rows(const Parameter& p, const GptConfig& g) {
 
 // Initial values depend on seed, tensor and element alone, so that every layout starts from the same model. Rows of the
 // embedding beyond the vocabulary are padding and stay zero.
-inline void initialize_parameters(floatS* values, const GptConfig& g, uint64_t seed) {
-    const std::vector<Parameter> table = parameter_table(g);
-    for (size_t t = 0; t < table.size(); ++t) {
-        const Parameter& p = table[t];
+inline void initialize_parameters(floatS* values, const std::vector<Parameter>& table, const GptConfig& g,
+                                  uint64_t seed) {
+    for (const Parameter& p : table) {
         const int64_t used = used_rows(p, g) * p.cols;
 #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < p.size(); ++i) {
-            const floatS noise = p.stddev != 0 && i < used ? p.stddev * normal(seed, t, uint64_t(i)) : 0;
+            const floatS noise =
+                p.stddev != 0 && i < used ? p.stddev * normal(seed, uint64_t(p.index), uint64_t(i)) : 0;
             values[p.offset + i] = p.mean + noise;
         }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The parameters by name in the program: pointers into one flat buffer, of weights (floatX) or of gradients (floatS).
+// The parameters by name in the program: pointers into one flat buffer, of weights (floatX) or of gradients (floatS);
+// null where the rank does not hold the parameter.
 
 template <class T>
 struct LayerTensors {
@@ -135,8 +154,10 @@ struct ModelTensors {
 
 template <class T>
 ModelTensors<T> bind_tensors(T* flat, const std::vector<Parameter>& table, const GptConfig& g) {
+    std::vector<T*> held(size_t(12 * g.layers + 5), nullptr);  // by index
+    for (const Parameter& p : table) held[size_t(p.index)] = flat + p.offset;
     size_t next = 0;
-    auto take = [&] { return flat + table[next++].offset; };  // in the order of parameter_table
+    auto take = [&] { return held[next++]; };  // in the order of parameter_table
     ModelTensors<T> m;
     m.wte = take();
     m.wpe = take();

@@ -3,16 +3,31 @@
 
 #include <sys/mman.h>
 
-#include <atomic>
+#include <exception>
 #include <map>
 
 #include "llmc/io/machine.h"
+#include "llmc/parallel/transport.h"
+#include "llmc/pipeline/check.h"
+#include "llmc/pipeline/schedules/accumulate.h"
+#include "llmc/pipeline/schedules/schedules.h"
 #include "llmc/pipeline/step.h"
+#include "llmc/pipeline/trace.h"
 
-// Bytes of one rank by kind. The kinds lie one after another in the rank's arena, a single mapping.
+// Bytes of one rank by kind.
 struct MemoryPlan {
     int64_t weights = 0, master = 0, gradients = 0, moments = 0, activations = 0, workspace = 0, scratch = 0;
     int64_t total() const { return weights + master + gradients + moments + activations + workspace + scratch; }
+};
+
+// How the work is spread over ranks, and which of them this one is.
+struct Layout {
+    int ranks = 1, rank = 0;
+    std::string schedule = "1f1b";       // of more than one rank; one rank accumulates gradients over chunks
+    int folds = 2;                       // helix
+    int virtual_stages = 0;              // interleaved; 0: as many as there are layers for
+    bool move_qkv = true;                // helix
+    int max_chunks = 1, min_chunks = 1;  // of a training step
 };
 
 struct RankOptions {
@@ -21,6 +36,27 @@ struct RankOptions {
     int64_t chunk_tokens = 0, mlp_chunk = 0, head_chunk = 0;
     int threads = 1;
     bool training = true;  // without: weights, and activations of the forward pass
+    Layout layout = {};
+
+    ScheduleInput schedule_input(int chunks, bool training, bool sliced) const {
+        const int L = int(model.layers);
+        const int most = int(ceil_div(L, layout.ranks));
+        const int v = layout.schedule != "interleaved" ? 1 : layout.virtual_stages ? layout.virtual_stages : most;
+        return {layout.ranks, L, chunks, layout.folds, v, training, sliced};
+    }
+    TensorRules tensor_rules(bool training) const {
+        const bool apart = layout.ranks > 1 && layout.schedule == "helix";
+        return {int(model.layers), training, recompute, apart, apart && layout.move_qkv};
+    }
+    // The rank that runs a part of the model on a chunk, and has its parameters.
+    int owner(Part part, int layer, int chunk = 0) const {
+        if (layout.ranks == 1) return 0;
+        return find_schedule(layout.schedule)
+            ->owner(schedule_input(std::max(chunk + 1, layout.max_chunks), true, false), part, layer, chunk);
+    }
+    std::vector<Parameter> parameters() const {
+        return parameters_of(model, [&](Part part, int layer) { return owner(part, layer) == layout.rank; });
+    }
 };
 
 // Scratch of the kernels, the largest need of any of them; ops run one at a time.
@@ -30,34 +66,84 @@ inline int64_t kernel_scratch_bytes(const RankOptions& o) {
                              attention_scratch_bytes(o.threads, g.head_size(), int(g.heads), o.chunk_tokens)}));
 }
 
+// The lists of all ranks for a step whose cut sequences have so many chunks each (1: a chunk by itself), proven right.
+inline OpLists lists_of(const RankOptions& o, const std::vector<ChunkShape>& shapes, bool training) {
+    const int L = int(o.model.layers);
+    const bool sliced = std::any_of(shapes.begin(), shapes.end(), [](const ChunkShape& s) { return s.store >= 0; });
+    const ScheduleInput in = o.schedule_input(int(shapes.size()), training, sliced);
+    OpLists lists;
+    if (o.layout.ranks == 1) {
+        lists = {training ? accumulate_schedule(L, shapes) : evaluate_schedule(L, shapes)};
+    } else {
+        const Schedule& schedule = *find_schedule(o.layout.schedule);
+        if (const std::string why = refusal(schedule, in); !why.empty()) throw Failure(EXIT_CONFIG, why);
+        lists = schedule.lists(in);
+    }
+    if (const std::vector<std::string> problems = check_lists(lists, in); !problems.empty())
+        throw std::logic_error("the schedule " + o.layout.schedule + " is wrong: " + problems[0]);
+    return lists;
+}
+
 inline Plan plan_pattern(const RankOptions& o, const std::vector<int>& group_sizes, bool training) {
     std::vector<ChunkShape> shapes = chunk_shapes(group_sizes, o.chunk_tokens, o.model.context);
-    std::vector<Op> ops =
-        training ? accumulate_schedule(int(o.model.layers), shapes) : evaluate_schedule(int(o.model.layers), shapes);
-    return make_plan(std::move(ops), std::move(shapes), o.model, o.recompute, training);
+    std::vector<Op> list = std::move(lists_of(o, shapes, training)[size_t(o.layout.rank)]);
+    return make_plan(std::move(list), std::move(shapes), o.model, o.tensor_rules(training));
 }
 
-inline MemoryPlan plan_memory(const RankOptions& o) {
-    const int64_t parameters = flat_size(parameter_table(o.model));
+// The patterns of chunks (group_sizes) that memory is planned for. One rank is done with a sequence before the next one
+// begins, so the longest counts. A pipeline has many chunks under way; the most chunks take the most memory but for the
+// gaps in an arena, so that all counts are tried, or, where these are many, some.
+inline std::vector<std::vector<int>> planned_patterns(const RankOptions& o, bool training) {
     const int slices = int(ceil_div(o.model.context, o.chunk_tokens));  // of the longest sequence
-    MemoryPlan plan;
-    plan.weights = round_up(parameters * int64_t(sizeof(floatX)), 4096);
-    plan.activations = plan_pattern(o, {slices}, false).size.bytes;
-    if (o.training) {
-        if (!std::is_same_v<floatX, floatS>) plan.master = round_up(parameters * int64_t(sizeof(floatS)), 4096);
-        plan.gradients = round_up(parameters * int64_t(sizeof(floatS)), 4096);
-        plan.moments = 2 * plan.gradients;
-        plan.activations = std::max(plan.activations, plan_pattern(o, {slices}, true).size.bytes);
+    if (o.layout.ranks == 1) return {{slices}};
+    std::vector<std::vector<int>> patterns;
+    const int least = training ? o.layout.min_chunks : 1, most = o.layout.max_chunks;
+    const int stride = int(ceil_div(int64_t(most - least) * most * o.model.layers, 100'000));
+    for (int chunks = most; chunks >= least; chunks -= std::max(stride, 1)) {
+        patterns.emplace_back(size_t(chunks / slices), slices);
+        if (chunks % slices) patterns.back().push_back(chunks % slices);
     }
-    plan.activations = round_up(plan.activations, 4096);
-    plan.workspace = round_up(workspace_bytes(o.chunk_tokens, o.model, o.mlp_chunk, o.head_chunk), 4096);
-    plan.scratch = round_up(kernel_scratch_bytes(o), 4096);
-    return plan;
+    return patterns;
 }
+
+// The memory of the ranks that are listed; the rank in the options' layout does not count.
+inline std::vector<MemoryPlan> plan_memory(RankOptions o, std::span<const int> ranks) {
+    std::vector<int64_t> activations(ranks.size());
+    for (const bool training : {false, true})
+        for (const std::vector<int>& pattern : planned_patterns(o, training)) {
+            if (training && !o.training) continue;
+            const std::vector<ChunkShape> shapes = chunk_shapes(pattern, o.chunk_tokens, o.model.context);
+            const OpLists lists = lists_of(o, shapes, training);
+            for (size_t i = 0; i < ranks.size(); ++i)
+                activations[i] =
+                    std::max(activations[i],
+                             make_plan(lists[size_t(ranks[i])], shapes, o.model, o.tensor_rules(training)).size.bytes);
+        }
+    std::vector<MemoryPlan> plans;
+    for (size_t i = 0; i < ranks.size(); ++i) {
+        o.layout.rank = ranks[i];
+        const int64_t parameters = flat_size(o.parameters());
+        MemoryPlan plan;
+        plan.weights = round_up(parameters * int64_t(sizeof(floatX)), 4096);
+        if (o.training) {
+            if (!std::is_same_v<floatX, floatS>) plan.master = round_up(parameters * int64_t(sizeof(floatS)), 4096);
+            plan.gradients = round_up(parameters * int64_t(sizeof(floatS)), 4096);
+            plan.moments = 2 * plan.gradients;
+        }
+        plan.activations = round_up(activations[i], 4096);
+        plan.workspace = round_up(workspace_bytes(o.chunk_tokens, o.model, o.mlp_chunk, o.head_chunk), 4096);
+        plan.scratch = round_up(kernel_scratch_bytes(o), 4096);
+        plans.push_back(plan);
+    }
+    return plans;
+}
+
+inline MemoryPlan plan_memory(const RankOptions& o) { return plan_memory(o, std::span(&o.layout.rank, 1))[0]; }
 
 struct Rank {
-    int index = 0, count = 1;
+    const int index;
     RankOptions options;
+    Transport& transport;
     MemoryPlan memory;
     std::vector<Parameter> parameters;
     Device device;
@@ -68,23 +154,21 @@ struct Rank {
     floatS *m = nullptr, *v = nullptr;
     ModelTensors<floatX> w;
     ModelTensors<floatS> dw;
-    std::byte* activations = nullptr;
+    std::byte* activations;
     std::byte* workspace = nullptr;
 
-    std::atomic<const Op*> current_op = nullptr;       // for SIGQUIT
-    const int64_t resident_before = resident_bytes();  // of the process, before the arena is mapped
+    double busy_seconds = 0;             // time spent computing, all in all
+    std::optional<TraceRecorder> trace;  // filled by the schedule loop where there is one
+    double trace_zero = 0;               // its time 0 on seconds_now(), about the same moment on all ranks
 
-    explicit Rank(const RankOptions& o) : options(o), memory(plan_memory(o)), parameters(parameter_table(o.model)) {
-        const size_t bytes = size_t(memory.total());
-        void* mapping =
-            mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (mapping == MAP_FAILED)
-            throw Failure(EXIT_MEMORY, "cannot map " + std::to_string(bytes >> 20) +
-                                           " MiB for the arena: " + std::strerror(errno) +
-                                           "; choose a smaller model, --chunk-tokens or --head-chunk");
-        madvise(mapping, bytes, MADV_HUGEPAGE);  // fewer TLB misses while operands are packed
-        base = static_cast<std::byte*>(mapping);
-
+    Rank(const RankOptions& o, Transport& transport)
+        : index(o.layout.rank),
+          options(o),
+          transport(transport),
+          memory(plan_memory(o)),
+          parameters(o.parameters()),
+          activations(map(memory.activations)),
+          base(map(memory.total() - memory.activations)) {
         std::byte* next = base;
         auto take = [&](int64_t size) { return std::exchange(next, next + size); };
         weights = reinterpret_cast<floatX*>(take(memory.weights));
@@ -96,24 +180,41 @@ struct Rank {
             v = reinterpret_cast<floatS*>(take(memory.moments / 2));
             dw = bind_tensors(gradients, parameters, o.model);
         }
-        activations = take(memory.activations);
         workspace = take(memory.workspace);
         device = {o.threads, take(memory.scratch), size_t(memory.scratch)};
     }
-    ~Rank() { munmap(base, size_t(memory.total())); }
+    ~Rank() {
+        if (std::uncaught_exceptions() > 0) transport.abandon();
+        munmap(base, size_t(memory.total() - memory.activations));
+        munmap(activations, size_t(memory.activations));
+    }
     Rank(const Rank&) = delete;
     Rank& operator=(const Rank&) = delete;
 
-    // Plans are made once for each pattern of chunks.
+    // Plans are made once for each pattern of chunks. Between steps the activations hold nothing: a pattern that leaves
+    // larger gaps in the arena than those planned for gets a larger one.
     const Plan& plan_for(const std::vector<int>& group_sizes, bool training) {
         auto [place, is_new] = plans.try_emplace({training, group_sizes});
         if (is_new) place->second = plan_pattern(options, group_sizes, training);
-        if (place->second.size.bytes > memory.activations)
-            throw std::logic_error("a step needs more activation memory than was planned for the longest sequence");
+        if (const int64_t bytes = round_up(place->second.size.bytes, 4096); bytes > memory.activations) {
+            munmap(activations, size_t(memory.activations));
+            activations = map(memory.activations = bytes);
+        }
         return place->second;
     }
 
 private:
-    std::byte* base = nullptr;
+    std::byte* const base;
     std::map<std::pair<bool, std::vector<int>>, Plan> plans;
+
+    static std::byte* map(int64_t size) {
+        if (size == 0) return nullptr;
+        void* mapping =
+            mmap(nullptr, size_t(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapping == MAP_FAILED)
+            throw Failure(EXIT_MEMORY, "cannot map " + std::to_string(size >> 20) + " MiB: " + std::strerror(errno) +
+                                           "; choose a smaller model, --chunk-tokens or --head-chunk");
+        madvise(mapping, size_t(size), MADV_HUGEPAGE);  // fewer TLB misses while operands are packed
+        return static_cast<std::byte*>(mapping);
+    }
 };

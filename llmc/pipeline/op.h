@@ -59,17 +59,47 @@ struct ChunkShape {
     bool first_slice = false, last_slice = false;
 };
 
-// The tensors (or small sets of tensors, llmc/model/activations.h) that live longer than one op.
+// ---------------------------------------------------------------------------------------------------------------------
+// The tensors that live longer than one op (llmc/model/activations.h). Each belongs to a chunk, and most to a layer.
 enum class Tensor {
-    residual,     // input of layer l, output of layer l-1; l = L is the head's input
-    pre,          // LayerNorm output and statistics, queries, keys, values
-    attention,    // attention output, log-sum-exp
-    post,         // everything between attention output and layer output, kept when nothing is recomputed
-    store,        // keys and values of a sequence cut into slices
-    d_residual,   // gradient of the residual stream, updated in place from head to embed
-    d_attention,  // gradient of the attention output
-    d_qkv,        // gradient of queries, keys, values
-    d_store,      // gradients of keys and values of a cut sequence, summed over its later slices
+    residual,       // input of layer l, output of layer l-1; l = L is the head's input
+    ln1,            // output of the first LayerNorm,
+    ln1_stats,      // its statistics
+    qkv,            // queries, keys, values
+    qkv_weights,    // weights for these, received from the rank that owns them
+    attention_out,  // attention output,
+    lse,            // its log-sum-exp
+    post,           // everything between attention output and layer output, kept when nothing is recomputed
+    store,          // keys and values of a sequence cut into slices
+    d_residual,     // gradient of the residual stream, updated in place from head to embed
+    d_post,         // what a split backward of post leaves for the gradients of its weights
+    d_attention,    // gradient of the attention output
+    d_qkv,          // gradient of queries, keys, values
+    d_ln1,          // gradient of the LayerNorm's output,
+    d_qkv_weights,  // and of the weights, of one chunk, from where the products were moved to
+    d_store,        // gradients of keys and values of a cut sequence, summed over its later slices
+};
+
+inline const char* tensor_name(Tensor tensor) {
+    static const char* const names[] = {"residual",    "ln1",           "ln1 statistics", "qkv",
+                                        "qkv weights", "attention out", "log-sum-exp",    "post",
+                                        "store",       "d residual",    "d post",         "d attention",
+                                        "d qkv",       "d ln1",         "d qkv weights",  "d store"};
+    return names[int(tensor)];
+}
+
+// What decides, besides the op itself, which tensors it takes.
+struct TensorRules {
+    int layers = 1;
+    bool training = true;
+    Recompute recompute = Recompute::none;
+    // HelixPipe: the attention of a layer runs apart from its blocks. The rank of pre(l) gives x(l) away, and post(l)
+    // runs on a rank of its own. With a mode that recomputes, post(l-1) and pre(l) are then one block that keeps only
+    // x(l-1) and the attention output, and their backward is one as well, that of post(l-1).
+    bool apart = false;
+    bool move_qkv = false;  // and the products for queries, keys and values run with the attention, too
+
+    bool one_block(int layer) const { return apart && recompute != Recompute::none && layer > 0; }
 };
 
 enum class Access { create, update, read };
@@ -81,79 +111,120 @@ struct Use {
     Access access;
 };
 
-inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, Recompute recompute, int layers, bool training) {
-    const int l = op.layer, c = op.chunk, s = shape.store;
-    const bool sliced = s >= 0;
+// What a send or receive carries, in this order (HelixPipe: spec of X, Y, dY, dX in the paper's section on the
+// attention parallel partition; there the residual stream makes a detour over the rank of the attention).
+inline std::vector<Use> message_contents(const Op& op, const TensorRules& rules) {
+    const int l = op.layer;
+    const Access access = op.kind == Kind::send ? Access::read : Access::create;
     std::vector<Use> list;
-    auto create = [&](Tensor t, int layer, int owner) { list.push_back({t, layer, owner, Access::create}); };
-    auto update = [&](Tensor t, int layer, int owner) { list.push_back({t, layer, owner, Access::update}); };
-    auto read = [&](Tensor t, int layer, int owner) { list.push_back({t, layer, owner, Access::read}); };
+    const auto carry = [&](Tensor tensor, int layer) { list.push_back({tensor, layer, op.chunk, access}); };
+    if (op.pass == Pass::F) {
+        if (op.part == Part::pre && rules.move_qkv) carry(Tensor::ln1, l), carry(Tensor::qkv_weights, l);
+        if (op.part == Part::pre && !rules.move_qkv) carry(Tensor::qkv, l);
+        carry(Tensor::residual, op.part == Part::post || op.part == Part::embed ? l + 1 : l);
+        if (op.part == Part::attention) carry(Tensor::attention_out, l);
+    } else {
+        if (op.part == Part::attention && rules.move_qkv) carry(Tensor::d_ln1, l), carry(Tensor::d_qkv_weights, l);
+        if (op.part == Part::attention && !rules.move_qkv) carry(Tensor::d_qkv, l);
+        carry(Tensor::d_residual, -1);
+        if (op.part == Part::post) carry(Tensor::d_attention, l);
+    }
+    return list;
+}
+
+inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const TensorRules& rules) {
+    if (op.kind != Kind::compute) return message_contents(op, rules);
+    const int l = op.layer, c = op.chunk, s = shape.store;
+    const bool sliced = s >= 0, none = rules.recompute == Recompute::none;
+    const bool apart = rules.apart, move = rules.move_qkv;
+    std::vector<Use> list;
+    const auto use = [&](Access access, std::initializer_list<Tensor> tensors, int layer) {
+        for (Tensor tensor : tensors) list.push_back({tensor, layer, c, access});
+    };
+    const auto create = [&](std::initializer_list<Tensor> tensors) { use(Access::create, tensors, l); };
+    const auto read = [&](std::initializer_list<Tensor> tensors) { use(Access::read, tensors, l); };
+    const auto update_d_residual = [&] { use(Access::update, {Tensor::d_residual}, -1); };
+    const auto use_store = [&](Tensor tensor, Access access) {
+        if (sliced) list.push_back({tensor, l, s, access});
+    };
 
     if (op.pass == Pass::F) switch (op.part) {
             case Part::embed:
-                create(Tensor::residual, 0, c);
+                use(Access::create, {Tensor::residual}, 0);
                 break;
             case Part::pre:
-                read(Tensor::residual, l, c);
-                create(Tensor::pre, l, c);
+                read({Tensor::residual});
+                create({Tensor::ln1, Tensor::ln1_stats});
+                if (!move) create({Tensor::qkv});
                 break;
             case Part::attention:
-                read(Tensor::pre, l, c);
-                create(Tensor::attention, l, c);
-                if (sliced) list.push_back({Tensor::store, l, s, shape.first_slice ? Access::create : Access::update});
+                if (move) read({Tensor::ln1, Tensor::qkv_weights}), create({Tensor::qkv});
+                else read({Tensor::qkv});
+                create({Tensor::attention_out, Tensor::lse});
+                use_store(Tensor::store, shape.first_slice ? Access::create : Access::update);
                 break;
             case Part::post:
-                read(Tensor::residual, l, c);
-                read(Tensor::attention, l, c);
-                create(Tensor::residual, l + 1, c);
-                if (training && recompute == Recompute::none) create(Tensor::post, l, c);
+                read({Tensor::residual, Tensor::attention_out});
+                use(Access::create, {Tensor::residual}, l + 1);
+                if (rules.training && none) create({Tensor::post});
                 break;
             case Part::head:
-                read(Tensor::residual, layers, c);
+                use(Access::read, {Tensor::residual}, rules.layers);
                 break;
         }
-    else switch (op.part) {
+    if (op.pass == Pass::B) switch (op.part) {
             case Part::head:  // loss and gradient in one pass
-                read(Tensor::residual, layers, c);
-                create(Tensor::d_residual, -1, c);
+                use(Access::read, {Tensor::residual}, rules.layers);
+                use(Access::create, {Tensor::d_residual}, -1);
                 break;
             case Part::post:
-                read(Tensor::residual, l, c);
-                if (recompute == Recompute::none) read(Tensor::post, l, c);
-                if (recompute == Recompute::full) {  // the attention output is needed first, so it is recomputed here
-                    create(Tensor::pre, l, c);
-                    create(Tensor::attention, l, c);
-                    if (sliced) read(Tensor::store, l, s);
+                read({none ? Tensor::post : Tensor::residual});
+                if (rules.recompute == Recompute::full && !apart) {  // needed first, so recomputed here
+                    create({Tensor::ln1, Tensor::ln1_stats, Tensor::qkv, Tensor::attention_out, Tensor::lse});
+                    use_store(Tensor::store, Access::read);
                 } else {
-                    read(Tensor::attention, l, c);
+                    read({Tensor::attention_out});
                 }
-                update(Tensor::d_residual, -1, c);
-                create(Tensor::d_attention, -1, c);
+                if (rules.one_block(l + 1) && l + 1 < rules.layers)
+                    use(Access::read, {move ? Tensor::d_ln1 : Tensor::d_qkv}, l + 1);
+                update_d_residual();
+                create({Tensor::d_attention});
+                if (op.split) create({Tensor::d_post});
                 break;
             case Part::attention:
-                if (recompute == Recompute::without_attention) {
-                    read(Tensor::residual, l, c);
-                    create(Tensor::pre, l, c);
+                if (move) read({Tensor::ln1, Tensor::qkv_weights});
+                if (!apart && rules.recompute == Recompute::without_attention) {
+                    read({Tensor::residual});
+                    create({Tensor::ln1, Tensor::ln1_stats, Tensor::qkv});
+                } else if (move && !none) {
+                    create({Tensor::qkv});
                 } else {
-                    read(Tensor::pre, l, c);
+                    read({Tensor::qkv});
                 }
-                read(Tensor::attention, l, c);
-                read(Tensor::d_attention, -1, c);
-                create(Tensor::d_qkv, -1, c);
-                if (sliced) {
-                    read(Tensor::store, l, s);
-                    list.push_back({Tensor::d_store, l, s, shape.last_slice ? Access::create : Access::update});
-                }
+                if (apart && rules.recompute == Recompute::full) create({Tensor::attention_out, Tensor::lse});
+                else read({Tensor::attention_out, Tensor::lse});
+                read({Tensor::d_attention});
+                create({Tensor::d_qkv});
+                use_store(Tensor::store, Access::read);
+                use_store(Tensor::d_store, shape.last_slice ? Access::create : Access::update);
+                if (move) create({Tensor::d_ln1, Tensor::d_qkv_weights});
                 break;
             case Part::pre:
-                read(Tensor::residual, l, c);
-                read(Tensor::pre, l, c);
-                read(Tensor::d_qkv, -1, c);
-                update(Tensor::d_residual, -1, c);
+                if (move) read({Tensor::d_qkv_weights});
+                if (rules.one_block(l)) break;
+                read({Tensor::residual, move ? Tensor::d_ln1 : Tensor::d_qkv});
+                if (apart && !none) create({Tensor::ln1, Tensor::ln1_stats});
+                else read({Tensor::ln1, Tensor::ln1_stats});
+                update_d_residual();
                 break;
             case Part::embed:
-                read(Tensor::d_residual, -1, c);
+                use(Access::read, {Tensor::d_residual}, -1);
                 break;
         }
+    if (op.pass == Pass::W) {
+        if (op.part == Part::pre) read({Tensor::d_qkv, Tensor::ln1});
+        if (op.part == Part::post)
+            read({Tensor::d_post, none ? Tensor::post : Tensor::residual, Tensor::attention_out});
+    }
     return list;
 }

@@ -1,19 +1,18 @@
-// From a schedule to a plan: every tensor of every op gets its place in the arena, and the op list is proven to compute
-// the model. Nothing is allocated and nothing is looked up by name once a step runs.
+// From a schedule to the plan of one rank: every tensor of every op gets its place in the rank's arena, and every op
+// that needs a message knows the receive to wait for. Nothing is allocated and nothing is looked up by name once a step
+// runs.
 //
 // Tensors are planned for chunks of full size, so the plan depends only on which chunks belong together: steps with the
-// same pattern share one plan, and the arena planned for the longest sequence holds every other step.
+// same pattern share one plan.
 #pragma once
 
 #include <map>
-#include <set>
 #include <stdexcept>
 #include <tuple>
 
 #include "llmc/model/activations.h"
 #include "llmc/pipeline/arena.h"
-#include "llmc/pipeline/op.h"
-#include "llmc/pipeline/schedules/accumulate.h"
+#include "llmc/pipeline/chain.h"
 
 struct PlacedUse {
     Tensor tensor;
@@ -21,97 +20,159 @@ struct PlacedUse {
     int64_t offset;  // bytes from the start of the activations
 };
 
+struct PlannedTensor {
+    Tensor tensor;
+    int layer, owner;
+    Lifetime life;
+};
+
 struct Plan {
     std::vector<Op> ops;
     std::vector<ChunkShape> chunks;
-    bool training;
-    std::vector<std::vector<PlacedUse>> memory;  // [op][use]
-    ArenaSize size;
+    TensorRules rules;
+    std::vector<std::vector<PlacedUse>> memory = {};  // [op][use]
+    std::vector<int> receive_of = {};                 // [op] the receive that brings a compute op its input, or -1
+    std::vector<PlannedTensor> tensors = {};
+    ArenaSize size = {};
+
+    // The bytes of each tensor at the op where most are alive; they add up to size.live_peak.
+    std::map<Tensor, int64_t> bytes_at_peak() const {
+        std::vector<int64_t> change(ops.size() + 1);
+        for (const PlannedTensor& t : tensors) {
+            change[size_t(t.life.first)] += round_up(t.life.bytes, arena_alignment);
+            change[size_t(t.life.last) + 1] -= round_up(t.life.bytes, arena_alignment);
+        }
+        int peak = -1;
+        int64_t live = 0;
+        for (size_t i = 0; i < change.size() && peak < 0; ++i)
+            if ((live += change[i]) == size.live_peak) peak = int(i);
+        std::map<Tensor, int64_t> bytes;
+        for (const PlannedTensor& t : tensors)
+            if (t.life.first <= peak && peak <= t.life.last) bytes[t.tensor] += round_up(t.life.bytes, arena_alignment);
+        return bytes;
+    }
 };
 
-inline int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g) {
-    const int64_t N = shape.tokens;
+// Columns of the tensors that are one matrix.
+inline int64_t tensor_columns(Tensor tensor, const GptConfig& g) {
+    switch (tensor) {
+        case Tensor::qkv:
+        case Tensor::d_qkv:
+            return 3 * g.channels;
+        case Tensor::store:
+        case Tensor::d_store:
+            return 2 * g.channels;
+        case Tensor::lse:
+            return g.heads;
+        default:
+            return g.channels;
+    }
+}
+
+inline int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g, const TensorRules& rules) {
+    const int64_t N = shape.tokens, columns = tensor_columns(tensor, g);
     switch (tensor) {
         case Tensor::residual:
         case Tensor::d_residual:
-            return bytes_of<ResidualTensor>(N, g);
-        case Tensor::pre:
-            return bytes_of<PreActivations>(N, g);
-        case Tensor::attention:
-            return bytes_of<AttentionActivations>(N, g);
+            return bytes_of<RowsTensor<floatR>>(N, columns);
+        case Tensor::ln1:
+        case Tensor::qkv:
+        case Tensor::attention_out:
+        case Tensor::d_attention:
+        case Tensor::d_qkv:
+        case Tensor::d_ln1:
+            return bytes_of<RowsTensor<floatX>>(N, columns);
+        case Tensor::lse:
+            return bytes_of<RowsTensor<floatS>>(N, columns);
+        case Tensor::store:
+            return bytes_of<RowsTensor<floatX>>(shape.store_tokens, columns);
+        case Tensor::d_store:
+            return bytes_of<RowsTensor<floatS>>(shape.store_tokens, columns);
+        case Tensor::ln1_stats:
+            return bytes_of<NormStatistics>(N);
+        case Tensor::qkv_weights:
+            return bytes_of<QkvWeights<floatX>>(g);
+        case Tensor::d_qkv_weights:
+            return bytes_of<QkvWeights<floatS>>(g);
         case Tensor::post:
             return bytes_of<PostActivations>(N, g);
-        case Tensor::d_attention:
-            return bytes_of<AttentionGradient>(N, g);
-        case Tensor::d_qkv:
-            return bytes_of<QkvGradient>(N, g);
-        case Tensor::store:
-            return bytes_of<StoreTensor>(shape.store_tokens, g);
-        case Tensor::d_store:
-            return bytes_of<StoreGradient>(shape.store_tokens, g);
+        case Tensor::d_post:
+            return bytes_of<PostGradients>(N, g, rules.recompute == Recompute::none);
     }
     throw std::logic_error("tensor of unknown kind");
 }
 
-// Each op of the model exactly once for every chunk: embed, three parts a layer and the head, forward and, in training,
-// backward. The head's forward and backward are one op, its backward in training.
-inline void check_complete(const std::vector<Op>& ops, int layers, int chunks, bool training) {
-    std::set<std::tuple<Part, Pass, int, int>> seen;
-    for (const Op& op : ops)
-        if (!seen.insert({op.part, op.pass, op.layer, op.chunk}).second)
-            throw std::logic_error("the schedule lists twice: " + op_name(op));
-    std::vector<Op> wanted;
-    for (int c = 0; c < chunks; ++c) {
-        append_forward(wanted, layers, c, !training);
-        if (training) append_backward(wanted, layers, c);
-    }
-    for (const Op& op : wanted)
-        if (!seen.count({op.part, op.pass, op.layer, op.chunk}))
-            throw std::logic_error("the schedule lacks: " + op_name(op));
-    if (seen.size() != wanted.size()) throw std::logic_error("the schedule lists ops that the model does not have");
-}
-
-// Throws std::logic_error when the schedule is wrong: an op missing or double, or one that reads what no op before it
-// has made.
-inline Plan make_plan(std::vector<Op> ops, std::vector<ChunkShape> chunks, const GptConfig& g, Recompute recompute,
-                      bool training) {
-    check_complete(ops, int(g.layers), int(chunks.size()), training);
-    Plan plan{std::move(ops), std::move(chunks), training, {}, {}};
-    std::vector<Lifetime> lifetimes;
-    std::map<std::tuple<Tensor, int, int>, size_t> alive;  // the latest lifetime of each tensor
+// The plan for one rank's list. check.h has proven the lists of all ranks; here std::logic_error is thrown when an op
+// reads what no op before it on this rank has made or received.
+//
+// A send reads its tensors until it is complete. A rank knows that when it has waited for a receive of a later batch,
+// since batches are served in order (simulate.h); until then nothing else gets their memory.
+inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, const GptConfig& g,
+                      const TensorRules& rules) {
+    Plan plan{std::move(list), std::move(chunks), rules};
+    const Chain chain{rules.layers, rules.training};
+    const int count = int(plan.ops.size());
+    std::map<std::tuple<Tensor, int, int>, size_t> alive;  // the latest tensor of each name
+    std::map<std::pair<int, int>, int> received;           // [chunk, position in the chain] op that receives its result
+    std::vector<std::pair<int, size_t>> sending;           // batch, tensor
     std::vector<std::vector<size_t>> used(plan.ops.size());
-    for (size_t i = 0; i < plan.ops.size(); ++i) {
-        const Op& op = plan.ops[i];
+    const auto live_until = [&](size_t tensor, int op) {
+        int& last = plan.tensors[tensor].life.last;
+        last = std::max(last, op);
+    };
+    for (int i = 0; i < count; ++i) {
+        const Op& op = plan.ops[size_t(i)];
         const ChunkShape& shape = plan.chunks[size_t(op.chunk)];
+        plan.receive_of.push_back(-1);
+        if (op.kind == Kind::receive) received[{op.chunk, chain.position(op)}] = i;
+        if (op.kind == Kind::compute && op.pass != Pass::W)
+            if (const auto input = received.find({op.chunk, chain.position(op) - 1}); input != received.end()) {
+                plan.receive_of.back() = input->second;
+                std::erase_if(sending, [&](const auto& send) {
+                    const bool complete = send.first < plan.ops[size_t(input->second)].batch;
+                    if (complete) live_until(send.second, i - 1);
+                    return complete;
+                });
+            }
         plan.memory.emplace_back();
-        for (const Use& use : uses(op, shape, recompute, int(g.layers), training)) {
+        for (const Use& use : uses(op, shape, rules)) {
             const std::tuple key{use.tensor, use.layer, use.owner};
             if (use.access == Access::create) {
-                alive[key] = lifetimes.size();
-                lifetimes.push_back({tensor_bytes(use.tensor, shape, g), int(i), int(i)});
+                alive[key] = plan.tensors.size();
+                plan.tensors.push_back(
+                    {use.tensor, use.layer, use.owner, {tensor_bytes(use.tensor, shape, g, rules), i, i}});
             } else if (!alive.count(key)) {
+                if (use.tensor == Tensor::qkv_weights) continue;  // the rank's own
                 throw std::logic_error("the schedule runs before its inputs exist: " + op_name(op));
             }
-            lifetimes[alive[key]].last = int(i);
-            used[i].push_back(alive[key]);
-            plan.memory[i].push_back({use.tensor, use.layer, 0});
+            live_until(alive[key], i);
+            if (op.kind == Kind::send) sending.push_back({op.batch, alive[key]});
+            used[size_t(i)].push_back(alive[key]);
+            plan.memory.back().push_back({use.tensor, use.layer, 0});
         }
     }
-    plan.size = assign_offsets(lifetimes, int(plan.ops.size()));
+    for (const auto& [batch, tensor] : sending) live_until(tensor, count - 1);
+
+    std::vector<Lifetime> lifetimes;
+    for (const PlannedTensor& t : plan.tensors) lifetimes.push_back(t.life);
+    plan.size = assign_offsets(lifetimes, count);
+    for (size_t t = 0; t < lifetimes.size(); ++t) plan.tensors[t].life = lifetimes[t];
     for (size_t i = 0; i < used.size(); ++i)
         for (size_t u = 0; u < used[i].size(); ++u) plan.memory[i][u].offset = lifetimes[used[i][u]].offset;
     return plan;
 }
 
-// Shapes of chunks given how many of them each group has: a group is a cut sequence, or a single chunk.
+// Shapes of chunks given how many of them each group has: a group is a cut sequence, or a single chunk. Stores have
+// room for the longest sequence that makes so many slices.
 inline std::vector<ChunkShape> chunk_shapes(const std::vector<int>& group_sizes, int64_t chunk_tokens,
                                             int64_t context) {
     std::vector<ChunkShape> shapes;
     for (int size : group_sizes) {
         const int first = int(shapes.size());
+        const int64_t longest = std::min(context, size * chunk_tokens);
         for (int i = 0; i < size; ++i)
             shapes.push_back(size == 1 ? ChunkShape{chunk_tokens}
-                                       : ChunkShape{chunk_tokens, first, context, i == 0, i == size - 1});
+                                       : ChunkShape{chunk_tokens, first, longest, i == 0, i == size - 1});
     }
     return shapes;
 }

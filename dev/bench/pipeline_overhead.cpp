@@ -1,0 +1,215 @@
+// What a pipeline costs: two ranks of one thread against one rank of two threads, whole training steps with clipping
+// and AdamW, in turns. Beside the ratio of tokens a second stands its cap, 1 - the simulated bubble, and the bubble as
+// measured and as simulated. The durations that are simulated are medians of a single rank with one thread that runs
+// the same ops, never the pipeline's own. `loop` is what is neither computing nor waiting, of the ops' time.
+//
+//   build/bench/pipeline_overhead [--json] [--rounds 5] [--steps 3] [--recompute none|without-attention|full]
+//                                 [--case "bytes 16x512"] [--schedule "helix F=2"]
+#define TESTING
+#include "train_gpt.cu"
+
+struct Workload {
+    std::string name;
+    GptConfig model;
+    int chunks;
+    int64_t chunk_tokens;
+};
+
+struct Pipeline {
+    std::string name, schedule;
+    int folds = 1;
+};
+
+struct Measured {
+    std::vector<double> step_seconds;  // whole steps
+    std::vector<double> bubble, loop;  // of the ops of each step: parts of one
+};
+
+double median(std::vector<double> values) {
+    if (values.empty()) return NAN;
+    std::nth_element(values.begin(), values.begin() + long(values.size() / 2), values.end());
+    return values[values.size() / 2];
+}
+
+Batch random_batch(const Workload& work) {
+    Batch batch;
+    uint64_t count = 0;
+    for (int c = 0; c < work.chunks; ++c) {
+        Sample sample;
+        for (int64_t t = 0; t < work.chunk_tokens; ++t) {
+            sample.tokens.push_back(int32_t(uniform(1, 0, count++) * double(work.model.vocab)));
+            sample.targets.push_back(int32_t(uniform(1, 1, count++) * double(work.model.vocab)));
+        }
+        batch.tokens += work.chunk_tokens;
+        batch.targets += work.chunk_tokens;
+        batch.sequences.push_back(std::move(sample));
+    }
+    return batch;
+}
+
+RankOptions options_for(const Workload& work, Recompute recompute, const Pipeline& pipeline, int ranks, int rank) {
+    return {work.model,
+            recompute,
+            work.chunk_tokens,
+            0,
+            256,
+            2 / ranks,
+            true,
+            {ranks, rank, pipeline.schedule, pipeline.folds, 0, true, work.chunks, work.chunks}};
+}
+
+void initialize(Rank& rank) {
+    omp_set_num_threads(rank.options.threads);
+    initialize_parameters(rank.master, rank.parameters, rank.options.model, 1);
+    round_weights(rank);
+}
+
+// `steps` steps after one that does not count, on the ranks of a team.
+Measured run_steps(const Workload& work, Recompute recompute, const Pipeline& pipeline, int ranks, int steps) {
+    Measured measured;
+    const Batch batch = random_batch(work);
+    Team team{Launch{}};
+    team.run(ranks, 600, [&](Transport& transport) {
+        Rank rank(options_for(work, recompute, pipeline, ranks, transport.rank), transport);
+        initialize(rank);
+        const Step step = prepare_step(batch, work.chunk_tokens, work.model);
+        const Plan& plan = rank.plan_for(step.group_sizes, true);
+        for (int n = 0; n <= steps; ++n) {
+            transport.all_gather("");
+            rank.trace.emplace(plan.ops.size() * 2);
+            const double start = seconds_now(), busy_before = rank.busy_seconds;
+            fill_zero(rank.device, rank.gradients, flat_size(rank.parameters));
+            const double ops_start = seconds_now();
+            double loss = run_ops(rank, plan, step, floatS(1.0 / double(step.targets)));
+            const double ops_end = seconds_now();
+            sum_tied_gradients(rank);
+            transport.sum({&loss, 1});
+            const double norm = gradient_norm(rank);
+            update_parameters(rank, {1e-4, 0.9, 0.95, 1e-8, 0.1, n + 1, norm > 1 ? 1 / norm : 1});
+            transport.all_gather("");
+            const double end = seconds_now();
+
+            double waited = 0;
+            for (const TraceEvent& event : rank.trace->events())
+                if (event.kind == EventKind::wait) waited += 1e-3 * (event.end - event.start);
+            const double busy = rank.busy_seconds - busy_before;
+            double totals[] = {busy, ops_end - ops_start - busy - waited};
+            transport.sum(totals);
+            if (rank.index != 0 || n == 0) continue;
+            const double all = ranks * (ops_end - ops_start);
+            measured.step_seconds.push_back(end - start);
+            measured.bubble.push_back(1 - totals[0] / all);
+            measured.loop.push_back(totals[1] / all);
+        }
+        return 0;
+    });
+    return measured;
+}
+
+// Which ops take equally long: the same part, pass and form, whatever the layer and chunk.
+using OpKind = std::tuple<Part, Pass, bool>;
+OpKind kind_of(const Op& op) { return {op.part, op.pass, op.split}; }
+
+// Medians of the ops as one rank with one thread runs them, in the form that they have on two ranks: split where the
+// schedule splits, products moved where helix moves them.
+std::map<OpKind, double> op_seconds(const Workload& work, Recompute recompute, const Pipeline& pipeline) {
+    NoTransport alone;
+    RankOptions options = options_for(work, recompute, pipeline, 1, 0);
+    options.threads = 1;
+    Rank rank(options, alone);
+    initialize(rank);
+    options.layout.ranks = 2;  // for the rules of two ranks
+    const Batch batch = random_batch(work);
+    const Step step = prepare_step(batch, work.chunk_tokens, work.model);
+    const ScheduleInput in{1, int(work.model.layers), work.chunks, pipeline.folds, 1, true, false};
+    const Plan plan = make_plan(find_schedule(pipeline.schedule)->lists(in)[0],
+                                chunk_shapes(step.group_sizes, work.chunk_tokens, work.model.context), work.model,
+                                options.tensor_rules(true));
+    std::vector<std::byte> arena(size_t(plan.size.bytes + 64));
+    rank.activations = arena.data() + (64 - reinterpret_cast<uintptr_t>(arena.data()) % 64) % 64;
+    std::map<OpKind, std::vector<double>> samples;
+    for (int n = 0; n < 2; ++n) {
+        rank.trace.emplace(plan.ops.size());
+        run_ops(rank, plan, step, floatS(1.0 / double(step.targets)));
+        if (n > 0)
+            for (const TraceEvent& event : rank.trace->events())
+                samples[kind_of(event.op)].push_back(1e-3 * (event.end - event.start));
+    }
+    std::map<OpKind, double> medians;
+    for (auto& [kind, values] : samples) medians[kind] = median(values);
+    return medians;
+}
+
+double simulated_bubble(const Workload& work, Recompute recompute, const Pipeline& pipeline) {
+    const std::map<OpKind, double> times = op_seconds(work, recompute, pipeline);
+    const RankOptions options = options_for(work, recompute, pipeline, 2, 0);
+    const ScheduleInput in = options.schedule_input(work.chunks, true, false);
+    const Timeline timeline = simulate(
+        find_schedule(pipeline.schedule)->lists(in), in, [&](const Op& op) { return times.at(kind_of(op)); },
+        [](const Op&) { return 0.0; });
+    return timeline.mean_bubble() / timeline.makespan;
+}
+
+int main(int argc, char** argv) {
+    bool json = false;
+    int rounds = 5, steps = 3;
+    std::string only_case, only_schedule;
+    Recompute recompute = Recompute::none;
+    for (int i = 1; i < argc; ++i) {
+        const std::string flag = argv[i], value = i + 1 < argc ? argv[i + 1] : "";
+        if (flag == "--json") json = true;
+        else if (flag == "--rounds") rounds = std::atoi(argv[++i]);
+        else if (flag == "--steps") steps = std::atoi(argv[++i]);
+        else if (flag == "--case") only_case = argv[++i];
+        else if (flag == "--schedule") only_schedule = argv[++i];
+        else if (flag == "--recompute" && (value == "none" || value == "full" || value == "without-attention")) {
+            recompute = value == "none"   ? Recompute::none
+                        : value == "full" ? Recompute::full
+                                          : Recompute::without_attention;
+            ++i;
+        } else
+            return std::fprintf(stderr, "pipeline_overhead: %s? See the head of the source.\n", argv[i]), EXIT_CONFIG;
+    }
+    const std::vector<Workload> workloads = {
+        {"bytes 16x512", {6, 384, 6, 512, 257, 320, true}, 16, 512},
+        {"gpt2:d12 8x256", {12, 768, 12, 256, 50257, 50304, true}, 8, 256},
+    };
+    const std::vector<Pipeline> pipelines = {
+        {"gpipe", "gpipe"}, {"1f1b", "1f1b"},          {"interleaved", "interleaved"}, {"zb-h1", "zb-h1"},
+        {"zb-h2", "zb-h2"}, {"helix F=1", "helix", 1}, {"helix F=2", "helix", 2}};
+    if (!json)
+        std::printf("%-28s %9s %9s %6s %6s %7s   %9s %9s %6s\n", "case", "2 ranks", "1 rank", "ratio", "cap", "of cap",
+                    "bubble", "simulated", "loop");
+    for (const Workload& work : workloads)
+        for (const Pipeline& pipeline : pipelines) {
+            if (!only_case.empty() && only_case != work.name) continue;
+            if (!only_schedule.empty() && only_schedule != pipeline.name) continue;
+            Measured pair, single;
+            const auto append = [](Measured& to, const Measured& from) {
+                to.step_seconds.insert(to.step_seconds.end(), from.step_seconds.begin(), from.step_seconds.end());
+                to.bubble.insert(to.bubble.end(), from.bubble.begin(), from.bubble.end());
+                to.loop.insert(to.loop.end(), from.loop.begin(), from.loop.end());
+            };
+            for (int round = 0; round < rounds; ++round) {
+                append(pair, run_steps(work, recompute, pipeline, 2, steps));
+                append(single, run_steps(work, recompute, pipeline, 1, steps));
+            }
+            const double tokens = double(work.chunks * work.chunk_tokens);
+            const double ours = tokens / median(pair.step_seconds), reference = tokens / median(single.step_seconds);
+            const double simulated = simulated_bubble(work, recompute, pipeline), cap = 1 - simulated;
+            const std::string name = work.name + " " + pipeline.name;
+            if (json)
+                std::printf(
+                    "{\"case\": \"%s\", \"metric\": \"tokens_per_second\", \"ours\": %.1f, \"reference\": %.1f, "
+                    "\"reference_name\": \"one rank, two threads\", \"ratio\": %.4f, \"bound\": %.1f, "
+                    "\"percent_of_bound\": %.1f, \"bubble\": %.4f, \"simulated_bubble\": %.4f, \"loop\": %.5f}\n",
+                    name.c_str(), ours, reference, ours / reference, cap * reference, 100 * ours / (cap * reference),
+                    median(pair.bubble), simulated, median(pair.loop));
+            else
+                std::printf("%-28s %9.0f %9.0f %6.3f %6.3f %6.1f%%   %8.1f%% %8.1f%% %5.2f%%\n", name.c_str(), ours,
+                            reference, ours / reference, cap, 100 * ours / (cap * reference), 100 * median(pair.bubble),
+                            100 * simulated, 100 * median(pair.loop));
+            std::fflush(stdout);
+        }
+    return 0;
+}

@@ -1,0 +1,294 @@
+// Memory of every rank under every schedule: what HelixPipe keeps between forward and backward is what its design says,
+// to the byte; no two tensors share memory while both are needed, messages under way included; any step fits into what
+// was planned for the largest. HELIXTRAIN_SEED=n draws other plans.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <set>
+
+#include "llmc/parallel/rank.h"
+
+namespace {
+
+unsigned seed() {
+    const char* text = std::getenv("HELIXTRAIN_SEED");
+    const unsigned value = text ? unsigned(std::strtoul(text, nullptr, 10)) : 1;
+    std::printf("  HELIXTRAIN_SEED=%u\n", value);
+    return value;
+}
+
+RankOptions options(int layers, Recompute recompute, int64_t chunk_tokens, const Layout& layout) {
+    const GptConfig model{layers, 48, 3, 32, 50, 64, true};
+    return {model, recompute, chunk_tokens, 0, 0, 1, true, layout};
+}
+
+// The plans of all ranks for one step.
+std::vector<Plan> plans_of(RankOptions o, const std::vector<int>& group_sizes, bool training) {
+    std::vector<ChunkShape> shapes = chunk_shapes(group_sizes, o.chunk_tokens, o.model.context);
+    std::vector<Plan> plans;
+    for (std::vector<Op>& list : lists_of(o, shapes, training))
+        plans.push_back(make_plan(std::move(list), shapes, o.model, o.tensor_rules(training)));
+    return plans;
+}
+
+std::string describe(const RankOptions& o, size_t chunks, bool training) {
+    const Layout& y = o.layout;
+    return y.schedule + " p=" + std::to_string(y.ranks) + " L=" + std::to_string(o.model.layers) +
+           " m=" + std::to_string(chunks) + " F=" + std::to_string(y.folds) + (y.move_qkv ? " move" : " no move") +
+           " recompute " + std::to_string(int(o.recompute)) + (training ? "" : " forward only");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A second account of who needs which bytes when, from the addresses that ops are given and the waits that the schedule
+// loop makes: a message is written or read from the moment when its batch is posted. What is received is needed until
+// the last op that reads it, what is sent until the rank has waited for a receive of a later batch.
+
+struct Need {
+    std::string name;
+    int64_t begin, end;  // bytes
+    int first, last;     // ops
+    int sent = -1;       // op that sent it last
+};
+
+std::string hold_to_account(const Plan& plan, const GptConfig& g) {
+    const int count = int(plan.ops.size());
+    std::vector<int> posted(plan.ops.size());  // op at which a message's batch is posted
+    for (int i = 0; i < count; ++i) {
+        const bool joins = i > 0 && plan.ops[size_t(i)].kind != Kind::compute &&
+                           plan.ops[size_t(i) - 1].kind != Kind::compute &&
+                           plan.ops[size_t(i) - 1].batch == plan.ops[size_t(i)].batch;
+        posted[size_t(i)] = joins ? posted[size_t(i) - 1] : i;
+    }
+    const auto known_complete = [&](int batch, int after) {
+        for (int i = after; i < count; ++i)
+            if (const int receive = plan.receive_of[size_t(i)]; receive >= 0 && plan.ops[size_t(receive)].batch > batch)
+                return i;
+        return count;
+    };
+    std::vector<Need> needs;
+    std::map<std::tuple<Tensor, int, int>, size_t> current;
+    for (int i = 0; i < count; ++i) {
+        const Op& op = plan.ops[size_t(i)];
+        const ChunkShape& shape = plan.chunks[size_t(op.chunk)];
+        for (const Use& use : uses(op, shape, plan.rules)) {
+            const auto& placed = plan.memory[size_t(i)];
+            const auto place = std::find_if(placed.begin(), placed.end(), [&](const PlacedUse& p) {
+                return p.tensor == use.tensor && p.layer == use.layer;
+            });
+            const std::string name = op_name(op) + ", " + tensor_name(use.tensor);
+            if (place == placed.end()) {
+                if (use.tensor == Tensor::qkv_weights) continue;  // the rank's own
+                return name + " has no place";
+            }
+            const std::tuple key{use.tensor, use.layer, use.owner};
+            if (use.access == Access::create) {
+                current[key] = needs.size();
+                const int64_t bytes = tensor_bytes(use.tensor, plan.chunks[size_t(use.owner)], g, plan.rules);
+                if (place->offset < 0 || place->offset + bytes > plan.size.bytes) return name + " leaves the arena";
+                needs.push_back({name, place->offset, place->offset + bytes, posted[size_t(i)], i});
+            } else if (!current.count(key)) {
+                return name + " was never made";
+            }
+            Need& need = needs[current[key]];
+            if (need.begin != place->offset) return name + " has moved";
+            if (use.access == Access::update && need.sent >= 0 &&
+                known_complete(plan.ops[size_t(need.sent)].batch, need.sent) > i)
+                return name + " is changed while it is sent";
+            if (op.kind == Kind::send) need.sent = i;
+            need.last = std::max(need.last, op.kind == Kind::send ? known_complete(op.batch, i) - 1 : i);
+        }
+    }
+    std::sort(needs.begin(), needs.end(), [](const Need& a, const Need& b) { return a.first < b.first; });
+    std::vector<const Need*> active;
+    for (const Need& need : needs) {
+        std::erase_if(active, [&](const Need* other) { return other->last < need.first; });
+        for (const Need* other : active)
+            if (need.begin < other->end && other->begin < need.end) return need.name + " lies on " + other->name;
+        active.push_back(&need);
+    }
+    return "";
+}
+
+// Where a plan must know the receive of an op's input.
+std::string check_waits(const Plan& plan) {
+    const Chain chain{plan.rules.layers, plan.rules.training};
+    for (size_t i = 0; i < plan.ops.size(); ++i) {
+        const Op& op = plan.ops[i];
+        int expected = -1;
+        for (size_t k = 0; k < i && op.kind == Kind::compute && op.pass != Pass::W; ++k)
+            if (const Op& other = plan.ops[k]; other.kind == Kind::receive && other.chunk == op.chunk &&
+                                               chain.position(other) == chain.position(op) - 1)
+                expected = int(k);
+        if (plan.receive_of[i] != expected) return op_name(op) + " waits for another receive";
+    }
+    return "";
+}
+
+struct Drawn {
+    RankOptions options;
+    std::vector<int> group_sizes;
+    bool training;
+};
+
+Drawn draw(const Schedule& schedule, std::mt19937& generator) {
+    const auto random = [&](int low, int high) { return low + int(generator() % unsigned(high - low + 1)); };
+    Layout layout{
+        .ranks = random(1, 6), .schedule = schedule.name, .folds = random(1, 3), .move_qkv = random(0, 1) > 0};
+    const bool sliced = (layout.ranks == 1 || schedule.name == "gpipe") && random(0, 1);
+    std::vector<int> groups(size_t(random(1, sliced ? 5 : 16)), 1);
+    for (int& size : groups)
+        if (sliced) size = random(1, 4);
+    layout.max_chunks = std::accumulate(groups.begin(), groups.end(), 0);
+    return {options(random(1, 7), Recompute(random(0, 2)), sliced ? 8 : 32, layout), groups, random(0, 4) > 0};
+}
+
+TEST(ArenaLayouts, NothingIsOverwrittenWhileItIsNeeded) {
+    std::mt19937 generator(seed());
+    for (const Schedule& schedule : schedules()) {
+        double worst = 1;
+        int tight = 0, plans = 0, needed = 0;
+        for (int n = 0; n < 60; ++n) {
+            const Drawn d = draw(schedule, generator);
+            const std::string what = describe(d.options, size_t(d.options.layout.max_chunks), d.training);
+            for (const Plan& plan : plans_of(d.options, d.group_sizes, d.training)) {
+                ASSERT_EQ(hold_to_account(plan, d.options.model), "") << what;
+                ASSERT_EQ(check_waits(plan), "") << what;
+                int64_t at_peak = 0;
+                for (const auto& [tensor, bytes] : plan.bytes_at_peak()) at_peak += bytes;
+                ASSERT_EQ(at_peak, plan.size.live_peak) << what;
+                ASSERT_GE(plan.size.bytes, plan.size.live_peak) << what;
+                ++plans;
+                tight += plan.size.bytes == plan.size.live_peak;
+                if (plan.size.live_peak > 0)
+                    worst = std::max(worst, double(plan.size.bytes) / double(plan.size.live_peak));
+
+                // The account can fail: without a wait before the end, messages under way would be overwritten.
+                Plan no_waits = plan;
+                std::fill(no_waits.receive_of.begin(), no_waits.receive_of.end(), -1);
+                needed += !hold_to_account(no_waits, d.options.model).empty();
+            }
+        }
+        std::printf(
+            "  %-12s %d plans; the arena ends at the most bytes alive in %d, at worst %.1f %% above; waits are "
+            "needed in %d\n",
+            schedule.name.c_str(), plans, tight, 100 * (worst - 1), needed);
+        EXPECT_GT(needed, plans / 8);
+    }
+}
+
+// The account finds any tensor that is put elsewhere onto another one.
+TEST(ArenaLayouts, WrongPlacesAreFound) {
+    const RankOptions o = options(3, Recompute::without_attention, 32, {.ranks = 2, .schedule = "helix"});
+    int moved = 0, found = 0;
+    for (const Plan& plan : plans_of(o, std::vector<int>(4, 1), true))
+        for (const PlannedTensor& a : plan.tensors)
+            for (const PlannedTensor& b : plan.tensors) {
+                const bool meet = a.life.first <= b.life.last && b.life.first <= a.life.last;
+                if (&a == &b || !meet || a.life.bytes != b.life.bytes || moved % 7 != 0) {
+                    moved += &a != &b && meet;
+                    continue;
+                }
+                Plan wrong = plan;
+                for (int i = a.life.first; i <= a.life.last; ++i)
+                    for (size_t u = 0; u < wrong.memory[size_t(i)].size(); ++u) {
+                        PlacedUse& use = wrong.memory[size_t(i)][u];
+                        if (use.tensor == a.tensor && use.layer == a.layer && use.offset == a.life.offset)
+                            use.offset = b.life.offset;
+                    }
+                found += !hold_to_account(wrong, o.model).empty();
+                ++moved;
+            }
+    std::printf("  %d of them\n", found);
+    EXPECT_GT(found, 100);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// HelixPipe with the QKV move and recomputation without attention: what is kept from forward to backward.
+
+// Bytes that a rank keeps, by the design. r, A, O: residual stream, LayerNorm output, attention output.
+int64_t designed_bytes(const RankOptions& o, int chunks) {
+    const GptConfig& g = o.model;
+    const int p = o.layout.ranks, F = o.layout.folds, L = int(g.layers), rank = o.layout.rank;
+    const auto aligned = [](int64_t elements) { return (elements * 4 + 63) / 64 * 64; };
+    const int64_t N = o.chunk_tokens, C = g.channels, rows = aligned(N * C);
+    const int64_t lse = aligned(N * g.heads), weights = aligned(3 * C * C) + aligned(3 * C);
+    int64_t bytes = 0;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const int n = chunk % (p * F);
+        const bool full = chunk - n + p * F <= chunks;
+        const int j = full ? n / F : n % p;
+        for (int l = 0; l < L; ++l) {
+            if ((l + j + 1) % p != rank) continue;
+            bytes += 2 * rows + lse;          // A, O
+            if (j == 0) bytes -= rows;        // O is that of block l + 1, here as well
+            if (j < p - 1) bytes += weights;  // the rank's own where block l is here
+        }
+        for (int k = 0; k <= L; ++k)
+            if (k % p == rank) bytes += (k == 0 ? 1 : k < L ? 2 : 3) * rows;  // r; r, O; r, O and the head's input
+    }
+    return bytes;
+}
+
+TEST(ArenaLayouts, HelixKeepsWhatItsDesignSays) {
+    int compared = 0;
+    for (int p : {2, 3, 4, 8})
+        for (int F : {1, 2, 3})
+            for (int L : {2 * p, p + 1, p, p - 1})
+                for (int chunks : {2 * p * F, p * F + 1, p * F, p - 1}) {
+                    Layout layout{.ranks = p, .schedule = "helix", .folds = F, .max_chunks = chunks};
+                    RankOptions o = options(L, Recompute::without_attention, 32, layout);
+                    const std::vector<Plan> plans = plans_of(o, std::vector<int>(size_t(chunks), 1), true);
+                    for (int& rank = o.layout.rank; rank < p; ++rank) {
+                        const Plan& plan = plans[size_t(rank)];
+                        int turn = 0;  // the first backward op
+                        while (turn < int(plan.ops.size()) &&
+                               (plan.ops[size_t(turn)].kind != Kind::compute || plan.ops[size_t(turn)].pass != Pass::B))
+                            ++turn;
+                        // Read by a backward op, made before the turn by a forward op or received from one.
+                        std::set<size_t> kept;
+                        int64_t bytes = 0;
+                        for (size_t i = size_t(turn); i < plan.ops.size(); ++i)
+                            for (const PlacedUse& use : plan.memory[i])
+                                for (size_t t = 0; t < plan.tensors.size(); ++t) {
+                                    const PlannedTensor& tensor = plan.tensors[t];
+                                    if (tensor.tensor == use.tensor && tensor.layer == use.layer &&
+                                        tensor.life.offset == use.offset && tensor.life.first < turn &&
+                                        tensor.life.last >= int(i) &&
+                                        plan.ops[size_t(tensor.life.first)].pass == Pass::F)
+                                        kept.insert(t);
+                                }
+                        for (size_t t : kept) bytes += round_up(plan.tensors[t].life.bytes, arena_alignment);
+                        EXPECT_EQ(bytes, designed_bytes(o, chunks))
+                            << describe(o, size_t(chunks), true) << " rank " << rank;
+                        ++compared;
+                    }
+                }
+    std::printf("  %d ranks compared\n", compared);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// A step of any number of chunks fits into what was planned, and on one rank with any sequences cut. (Under gpipe the
+// arena may grow where many sequences are cut in an unusual way.)
+TEST(ArenaLayouts, EveryStepFits) {
+    std::mt19937 generator(seed());
+    for (const Schedule& schedule : schedules())
+        for (int n = 0; n < 30; ++n) {
+            Drawn d = draw(schedule, generator);
+            if (d.options.layout.ranks > 1) d.group_sizes.assign(d.group_sizes.size(), 1);
+            std::vector<int> ranks(static_cast<size_t>(d.options.layout.ranks));
+            std::iota(ranks.begin(), ranks.end(), 0);
+            const std::vector<MemoryPlan> planned = plan_memory(d.options, ranks);
+            std::vector<int> groups = d.group_sizes;
+            for (; !groups.empty(); groups.pop_back()) {
+                const std::vector<Plan> plans = plans_of(d.options, groups, d.training);
+                for (size_t rank = 0; rank < ranks.size(); ++rank)
+                    EXPECT_LE(plans[rank].size.bytes, planned[rank].activations)
+                        << describe(d.options, groups.size(), d.training) << " rank " << rank;
+            }
+        }
+}
+
+}  // namespace

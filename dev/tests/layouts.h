@@ -1,0 +1,223 @@
+// Trains a tiny model on thread ranks of this process, one OpenMP thread each, and gathers what came out, tensor by
+// tensor: for layouts_test.cpp, which compares layouts with a single rank and with each other.
+#pragma once
+
+#include <cstring>
+#include <mutex>
+#include <thread>
+
+#define TESTING
+#include "train_gpt.cu"
+
+// One layout with all that goes with it.
+struct LayoutCase {
+    std::string schedule;
+    int folds = 1, ranks = 1, layers = 1, chunks = 1;
+    bool move_qkv = true;
+    Recompute recompute = Recompute::none;
+    bool documents = false, tied = false;  // packed documents of mixed lengths, or one window a chunk
+    int64_t mlp_chunk = 0;
+    int64_t chunk_tokens = 16;  // fewer than the context: sequences are cut into slices
+
+    std::string text() const {
+        const char* const modes[] = {"none", "without-attention", "full"};
+        std::string name = schedule;
+        if (schedule == "helix") name += " F=" + std::to_string(folds) + (move_qkv ? " move" : " no move");
+        return name + " p=" + std::to_string(ranks) + " L=" + std::to_string(layers) + " m=" + std::to_string(chunks) +
+               " recompute " + modes[int(recompute)] + (documents ? " documents" : " windows") +
+               (tied ? " tied" : " untied") + " mlp-chunk " + std::to_string(mlp_chunk) + " chunks of " +
+               std::to_string(chunk_tokens);
+    }
+    GptConfig model() const { return {layers, 16, 2, 16, 50, 64, tied}; }
+    RankOptions options(int rank, int max_chunks) const {
+        return {model(),   recompute, chunk_tokens, mlp_chunk,
+                mlp_chunk, 1,         true,         {ranks, rank, schedule, folds, 0, move_qkv, max_chunks}};
+    }
+    LayoutCase on_one_rank() const {
+        LayoutCase one = *this;
+        one.ranks = 1, one.recompute = Recompute::none, one.mlp_chunk = 0;
+        return one;
+    }
+
+    // Sequences that fill just so many chunks; some tokens have no target. Cut into slices: two long sequences, and
+    // short ones behind them.
+    Batch batch() const {
+        std::mt19937_64 generator(uint64_t(chunks) * 2 + documents);
+        Batch batch;
+        const auto add = [&](int64_t length) {
+            Sample& sample = batch.sequences.emplace_back();
+            for (int64_t i = 0; i < length; ++i) {
+                sample.tokens.push_back(int32_t(generator() % 50));
+                sample.targets.push_back(generator() % 8 ? int32_t(generator() % 50) : -1);
+                batch.targets += sample.targets.back() >= 0;
+            }
+            batch.tokens += length;
+        };
+        if (chunk_tokens < model().context) {
+            for (int64_t length : {16, 13, 2, 5, 1}) add(length);
+            return batch;
+        }
+        for (int c = 0; c < chunks; ++c) add(documents ? 9 + int64_t(generator() % 8) : 16);
+        for (int draw = 0; draw < 3 * chunks && documents; ++draw) {  // what fits beside them
+            const Batch before = batch;
+            add(1 + int64_t(generator() % 7));
+            if (int(make_chunks(batch, chunk_tokens).size()) > chunks) batch = before;
+        }
+        return batch;
+    }
+};
+
+// Runs `body` on every rank, a thread each, and throws what the first to fail has thrown.
+inline void on_thread_ranks(int ranks, const std::function<void(Transport&)>& body) {
+    ThreadTeam team(ranks);
+    std::vector<std::exception_ptr> errors(static_cast<size_t>(ranks));
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < ranks; ++rank)
+        threads.emplace_back([&, rank] {
+            omp_set_num_threads(1);
+            ThreadTransport transport(team, rank, ranks);
+            try {
+                body(transport);
+            } catch (...) {
+                errors[size_t(rank)] = std::current_exception();
+                team.fail(rank);
+            }
+        });
+    for (std::thread& thread : threads) thread.join();
+    if (team.failed_rank() >= 0) std::rethrow_exception(errors[size_t(team.failed_rank())]);
+}
+
+// What training leaves. Tensors are by Parameter.index, from the ranks that have the originals.
+struct LayoutRun {
+    std::vector<double> losses;                           // of each step
+    double norm = 0;                                      // of the first step's gradients,
+    std::vector<std::vector<floatS>> gradients, weights;  // these gradients, and the weights after the last step
+    std::vector<std::string> problems;  // tensors of one name that differ between ranks, or are missing
+};
+
+// Unlike those of training, no weight is zero at the start, and attention looks at some tokens more than at others.
+inline void set_weights(Rank& rank) {
+    for (const Parameter& p : rank.parameters)
+        for (int64_t i = 0; i < p.size(); ++i)
+            rank.master[p.offset + i] = i < used_rows(p, rank.options.model) * p.cols
+                                            ? p.mean + 0.15f * normal(9, uint64_t(p.index), uint64_t(i))
+                                            : 0;
+    round_weights(rank);
+}
+
+// Called on each rank after every compute op: to plant an error.
+using Disturb = std::function<void(Rank& rank, const OpTensors& tensors)>;
+
+// So many steps on one batch, each clipped to a norm of 1e-3, hundreds of times smaller than it is; AdamW's epsilon
+// then keeps gradients that are zero but for rounding from making steps as long as all others.
+inline LayoutRun run_layout(const LayoutCase& layout, int steps, const Disturb& disturb = {}) {
+    const Step step = prepare_step(layout.batch(), layout.chunk_tokens, layout.model());
+    const std::vector<Parameter> table = parameter_table(layout.model());
+    LayoutRun run;
+    run.gradients.resize(table.size());
+    run.weights.resize(table.size());
+    std::mutex mutex;
+    const auto gather = [&](const Rank& rank, const floatS* flat, std::vector<std::vector<floatS>>& tensors) {
+        const std::lock_guard lock(mutex);
+        for (const Parameter& p : rank.parameters) {
+            const std::vector<floatS> values(flat + p.offset, flat + p.offset + p.size());
+            std::vector<floatS>& known = tensors[size_t(p.index)];
+            if (known.empty()) known = values;
+            else if (!p.copy && p.index > 0) run.problems.push_back(p.name + " is on two ranks");
+            else if (std::memcmp(known.data(), values.data(), values.size() * sizeof(floatS)) != 0)
+                run.problems.push_back("copies of " + p.name + " differ");
+        }
+    };
+    on_thread_ranks(layout.ranks, [&](Transport& transport) {
+        Rank rank(layout.options(transport.rank, int(step.chunks.size())), transport);
+        set_weights(rank);
+        Observer observer;
+        const Plan& plan = rank.plan_for(step.group_sizes, true);
+        if (disturb)
+            observer.after_op = [&](size_t i) {
+                const int64_t N = int64_t(step.chunks[size_t(plan.ops[i].chunk)].tokens.size());
+                disturb(rank, {rank, plan, i, N});
+            };
+        for (int n = 1; n <= steps; ++n) {
+            const double loss = compute_gradients(rank, step, &observer);
+            const double norm = gradient_norm(rank);
+            if (transport.rank == 0) run.losses.push_back(loss);
+            if (n == 1) {
+                if (transport.rank == 0) run.norm = norm;
+                gather(rank, rank.gradients, run.gradients);
+            }
+            update_parameters(rank, {.lr = 1e-3, .step = n, .gradient_scale = 1e-3 / norm});
+        }
+        gather(rank, rank.master, run.weights);
+    });
+    for (const Parameter& p : table)
+        if (run.weights[size_t(p.index)].empty()) run.problems.push_back("no rank has " + p.name);
+    return run;
+}
+
+// How far a run is from another one: relative, tensors by their norms, the worst of each kind.
+struct Difference {
+    double loss = 0, norm = 0, gradient = 0, key_bias = 0, weight = 0;
+    std::vector<std::string> problems;  // beyond the bounds
+
+    std::string text() const {
+        char line[160];
+        std::snprintf(line, sizeof line, "loss %.1e, norm %.1e, gradients %.1e, key bias %.1e, weights %.1e", loss,
+                      norm, gradient, key_bias, weight);
+        return line;
+    }
+};
+
+// The gradient of the biases of keys is zero in exact arithmetic, and AdamW makes large steps of its rounding errors:
+// they must be small and are left out of the rest.
+inline Difference compare_runs(const LayoutRun& run, const LayoutRun& reference, const GptConfig& g) {
+    Difference difference;
+    difference.problems = run.problems;
+    const auto check = [&](double& worst, double value, double bound, const std::string& what) {
+        if (!(value <= bound))  // NaN as well
+            difference.problems.push_back(what + " is off by " + format("%.2e", value) + ", the bound is " +
+                                          format("%.0e", bound));
+        if (!(value <= worst)) worst = value;
+    };
+    for (size_t n = 0; n < reference.losses.size(); ++n)
+        check(difference.loss, std::abs(run.losses[n] / reference.losses[n] - 1), 1e-6,
+              "the loss of step " + std::to_string(n + 1));
+    check(difference.norm, std::abs(run.norm / reference.norm - 1), 1e-6, "the norm of the gradients");
+    for (const Parameter& p : parameter_table(g)) {
+        const bool biases = p.name.ends_with("c_attn.bias");
+        const int64_t C = g.channels, first_key = biases ? C : p.size(), first_value = biases ? 2 * C : p.size();
+        const auto norm_of = [&](const std::vector<floatS>& a, int64_t begin, int64_t end) {
+            return std::sqrt(std::inner_product(a.begin() + begin, a.begin() + end, a.begin() + begin, 0.0));
+        };
+        const auto error = [&](const std::vector<floatS>& a, const std::vector<floatS>& b) {
+            double squares = 0, norm = 0;
+            for (int64_t i = 0; i < p.size(); ++i) {
+                if (i >= first_key && i < first_value) continue;
+                squares += std::pow(double(a[size_t(i)]) - double(b[size_t(i)]), 2);
+                norm += std::pow(double(b[size_t(i)]), 2);
+            }
+            return squares == 0 ? 0 : std::sqrt(squares / norm);
+        };
+        const std::vector<floatS>& gradient = run.gradients[size_t(p.index)];
+        const std::vector<floatS>& weights = run.weights[size_t(p.index)];
+        if (gradient.empty() || weights.empty()) continue;  // missing: a problem of the run
+        check(difference.gradient, error(gradient, reference.gradients[size_t(p.index)]), 1e-5,
+              "the gradient of " + p.name);
+        check(difference.weight, error(weights, reference.weights[size_t(p.index)]), 1e-5, p.name);
+        if (biases)
+            check(difference.key_bias, norm_of(gradient, first_key, first_value) / norm_of(gradient, 0, p.size()), 1e-5,
+                  "the keys' part of the gradient of " + p.name);
+    }
+    return difference;
+}
+
+inline bool same_bits(const LayoutRun& a, const LayoutRun& b) {
+    const auto same = [](const auto& x, const auto& y) {
+        return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(x[0])) == 0;
+    };
+    const auto all_same = [&](const auto& x, const auto& y) {
+        return std::equal(x.begin(), x.end(), y.begin(), y.end(), same);
+    };
+    return same(a.losses, b.losses) && std::memcmp(&a.norm, &b.norm, sizeof a.norm) == 0 &&
+           all_same(a.gradients, b.gradients) && all_same(a.weights, b.weights);
+}

@@ -1,0 +1,229 @@
+// A layout never changes the mathematics: every schedule, on every number of ranks, gives the loss, the gradients and
+// the weights of a single rank. HELIXTRAIN_SEED=n draws another covering array.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <map>
+#include <random>
+
+#include "dev/tests/covering_array.h"
+#include "dev/tests/layouts.h"
+#include "dev/tests/checkpoint_test.h"
+
+namespace {
+
+constexpr int steps = 5;
+
+unsigned seed() {
+    const char* text = std::getenv("HELIXTRAIN_SEED");
+    const unsigned value = text ? unsigned(std::strtoul(text, nullptr, 10)) : 1;
+    std::printf("  HELIXTRAIN_SEED=%u\n", value);
+    return value;
+}
+
+// The same model and batch on one rank, once for each.
+const LayoutRun& reference(const LayoutCase& layout) {
+    static std::map<std::string, LayoutRun> known;
+    LayoutCase one = layout.on_one_rank();
+    one.schedule = "1f1b";
+    const auto [place, is_new] = known.try_emplace(one.text());
+    if (is_new) place->second = run_layout(one, steps);
+    return place->second;
+}
+
+struct Summary {
+    int cases = 0;
+    Difference worst = {};
+
+    void expect_equal(const LayoutCase& layout) {
+        const Difference difference = compare_runs(run_layout(layout, steps), reference(layout), layout.model());
+        std::string problems;
+        for (const std::string& problem : difference.problems) problems += "\n  " + problem;
+        EXPECT_TRUE(difference.problems.empty()) << layout.text() << problems;
+        ++cases;
+        for (double Difference::*field :
+             {&Difference::loss, &Difference::norm, &Difference::gradient, &Difference::key_bias, &Difference::weight})
+            if (!(difference.*field <= worst.*field)) worst.*field = difference.*field;
+    }
+    void print() const { std::printf("  %d layouts, at most: %s\n", cases, worst.text().c_str()); }
+};
+
+// Axes that depend on others: 0 a multiple, 1 not, 2 fewer than ranks.
+int layers_of(int kind, int p) { return kind == 0 ? (p < 8 ? 2 * p : p) : kind == 1 ? p + 1 : p - 1; }
+int chunks_of(int kind, int p, int F) { return kind == 0 ? (p < 4 ? 2 : 1) * p * F : kind == 1 ? p * F + 1 : p - 1; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+TEST(Layouts, HelixAgreesWithOneRank) {
+    Summary summary;
+    for (int F : {1, 2})
+        for (int p : {2, 3, 4})
+            for (int L : {0, 1, 2})
+                for (int m : {0, 1, 2})
+                    for (bool move : {true, false})
+                        summary.expect_equal({.schedule = "helix",
+                                              .folds = F,
+                                              .ranks = p,
+                                              .layers = layers_of(L, p),
+                                              .chunks = chunks_of(m, p, F),
+                                              .move_qkv = move,
+                                              .recompute = Recompute(summary.cases % 3)});
+    EXPECT_EQ(summary.cases, 108);
+    summary.print();
+}
+
+TEST(Layouts, AllAxesAgreeWithOneRank) {
+    static const std::pair<const char*, int> schedule_folds[] = {{"gpipe", 1}, {"1f1b", 1},  {"interleaved", 1},
+                                                                 {"zb-h1", 1}, {"zb-h2", 1}, {"helix", 1},
+                                                                 {"helix", 2}, {"helix", 3}};
+    static constexpr int ranks[] = {2, 3, 4, 8};
+    const std::vector<int> sizes = {8, 4, 3, 3, 2, 3, 2, 2, 2};
+    const auto rows = covering_array(sizes, seed());
+    EXPECT_TRUE(missing_pairs(sizes, rows).empty());
+    EXPECT_FALSE(missing_pairs(sizes, {rows.begin() + 1, rows.end()}).empty());  // the check can fail
+    Summary summary;
+    for (const std::vector<int>& row : rows) {
+        const auto& [schedule, F] = schedule_folds[row[0]];
+        const int p = ranks[row[1]];
+        summary.expect_equal({.schedule = schedule,
+                              .folds = F,
+                              .ranks = p,
+                              .layers = layers_of(row[2], p),
+                              .chunks = chunks_of(row[3], p, F),
+                              .move_qkv = row[4] == 0,
+                              .recompute = Recompute(row[5]),
+                              .documents = row[6] == 1,
+                              .tied = row[7] == 1,
+                              .mlp_chunk = row[8] == 1 ? 5 : 0});
+    }
+    summary.print();
+}
+
+TEST(Layouts, SlicedSequencesAgreeWithOneRank) {
+    Summary summary;
+    for (int p : {2, 3})
+        for (int64_t chunk_tokens : {7, 4})
+            for (Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full})
+                summary.expect_equal({.schedule = "gpipe",
+                                      .ranks = p,
+                                      .layers = 3,
+                                      .recompute = recompute,
+                                      .tied = p == 2,
+                                      .chunk_tokens = chunk_tokens});
+    summary.print();
+}
+
+TEST(Layouts, SameLayoutTwiceHasTheSameBits) {
+    for (const Schedule& schedule : schedules()) {
+        const LayoutCase layout{
+            .schedule = schedule.name, .folds = 2, .ranks = 3, .layers = 4, .chunks = 7, .tied = true};
+        EXPECT_TRUE(same_bits(run_layout(layout, steps), run_layout(layout, steps))) << layout.text();
+    }
+}
+
+// Both work off a group in the same order of chunks, so every sum has the same order, too.
+TEST(Layouts, OneFoldAndTwoHaveTheSameBits) {
+    for (int p : {2, 3, 4})
+        for (int layers : {p, p + 1})
+            for (bool move : {true, false})
+                for (Recompute recompute : {Recompute::none, Recompute::without_attention}) {
+                    LayoutCase layout{.schedule = "helix",
+                                      .folds = 1,
+                                      .ranks = p,
+                                      .layers = layers,
+                                      .chunks = 4 * p,
+                                      .move_qkv = move,
+                                      .recompute = recompute};
+                    const LayoutRun one = run_layout(layout, steps);
+                    layout.folds = 2;
+                    EXPECT_TRUE(same_bits(one, run_layout(layout, steps))) << layout.text();
+                    layout.layers = 1;
+                }
+}
+
+TEST(Layouts, EvaluationAgreesWithOneRank) {
+    const TemporaryDirectory directory;
+    TokenWriter writer(directory.path + "/val", 2, 1 << 20);
+    std::mt19937 generator(4);
+    for (int n = 0; n < 60; ++n) {
+        std::vector<int32_t> document = {0};  // end-of-text
+        for (unsigned i = generator() % 20; i > 0; --i) document.push_back(1 + int32_t(generator() % 49));
+        writer.append(document);
+    }
+    writer.finish();
+    const Loader loader(open_token_files(directory.path + "/val*.bin"), {Packing::documents, 16, 50, 0, 3, true});
+    const auto loss = [&](const LayoutCase& layout) {
+        double loss = 0;
+        on_thread_ranks(layout.ranks, [&](Transport& transport) {
+            Rank rank(layout.options(transport.rank, 2 * 96 / 16 + 1), transport);
+            set_weights(rank);
+            const Evaluation result = evaluate(rank, loader, 96, 400);
+            if (transport.rank == 0) loss = result.loss;
+        });
+        return loss;
+    };
+    for (bool tied : {true, false}) {
+        const double expected = loss({.schedule = "1f1b", .layers = 4, .tied = tied});
+        EXPECT_GT(expected, 2);
+        for (const Schedule& schedule : schedules())
+            for (int p : {2, 3, 5})
+                for (bool move : {true, false}) {
+                    if (schedule.name != "helix" && !move) continue;
+                    const LayoutCase layout{.schedule = schedule.name,
+                                            .folds = 2,
+                                            .ranks = p,
+                                            .layers = 4,
+                                            .move_qkv = move,
+                                            .recompute = Recompute::without_attention,
+                                            .tied = tied};
+                    EXPECT_LE(std::abs(loss(layout) / expected - 1), 1e-6) << layout.text();
+                }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Planted errors: the comparison has to find each of them, and name the tensor.
+
+void expect_found(const LayoutCase& layout, const std::string& name, const Disturb& disturb) {
+    const Difference difference = compare_runs(run_layout(layout, steps, disturb), reference(layout), layout.model());
+    std::string problems;
+    for (const std::string& problem : difference.problems) problems += problem + "\n";
+    EXPECT_NE(problems.find(name + " is off"), std::string::npos) << problems;
+}
+
+TEST(Layouts, PlantedErrorsAreFound) {
+    const LayoutCase layout{.schedule = "helix",
+                            .folds = 2,
+                            .ranks = 3,
+                            .layers = 4,
+                            .chunks = 6,
+                            .recompute = Recompute::without_attention};
+    // One part in 4096 of what one rank adds to the gradients of one layer's queries, keys and values.
+    expect_found(layout, "the gradient of h.1.attn.c_attn.weight", [](Rank& rank, const OpTensors& t) {
+        const Op& op = t.plan.ops[t.op];
+        if (rank.index != 2 || op.part != Part::attention || op.pass != Pass::B || op.layer != 1) return;
+        floatS* weight = t.d_qkv_weights(1).weight;
+        for (int i = 0; i < 3 * 16 * 16; ++i) weight[i] *= 1 + 1.0f / 4096;
+    });
+    // One chunk is left out of one layer.
+    const LayoutCase zero_bubble{.schedule = "zb-h1", .ranks = 2, .layers = 3, .chunks = 5};
+    expect_found(zero_bubble, "the gradient of h.2.mlp.c_fc.weight", [](Rank&, const OpTensors& t) {
+        const Op& op = t.plan.ops[t.op];
+        if (op.part != Part::post || op.pass != Pass::B || op.layer != 2 || op.chunk != 3) return;
+        Allocator at = t.place(Tensor::d_post, 2);
+        PostGradients d_post(at, t.N, t.rank.options.model, true);
+        std::fill_n(d_post.d_fc.data, d_post.d_fc.size(), floatX(0));
+    });
+    // NaN, and a weight that differs between two ranks.
+    expect_found(layout, "the gradient of wpe.weight", [](Rank& rank, const OpTensors& t) {
+        if (t.plan.ops[t.op].part == Part::embed && t.plan.ops[t.op].pass == Pass::B) rank.dw.wpe[3] = NAN;
+    });
+    LayoutCase tied = layout;
+    tied.tied = true, tied.schedule = "1f1b";
+    const LayoutRun run = run_layout(tied, steps, [](Rank& rank, const OpTensors& t) {
+        if (t.plan.ops[t.op].part == Part::head && rank.index == 2) rank.master[5] += 1e-7f;
+    });
+    EXPECT_EQ(run.problems, std::vector<std::string>{"copies of wte.weight differ"});
+}
+
+}  // namespace

@@ -1,0 +1,228 @@
+"""`train_gpt plan` from outside: lists, JSON, times, memory, pictures, refusals."""
+import json
+import os
+import re
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments, check=0, **environment):
+    done = subprocess.run([ROOT / "train_gpt", "plan", *map(str, arguments)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **environment})
+    assert done.returncode == check, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr}"
+    return done.stdout if check == 0 else done.stderr
+
+
+def flags(schedule, p=4, L=8, m=8, *more):
+    name, _, folds = schedule.partition(" ")
+    return ["--model", "tiny", "--schedule", name, "--ranks", p, "--layers", L, "--chunks", m,
+            *(["--folds", folds] if folds else []), *more]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The worked examples of HelixPipe: P block, A attention, ~ backward, <>q exchange with rank q
+
+TWO_RANKS = """
+rank 0  P0.m0<>1 P0.m1<>1 P0.m2 A0.m2<>1 P0.m3 A0.m3<>1 A1.m0 P2.m0<>1 A1.m1 P2.m1<>1 P2.m2 A2.m2<>1 P2.m3 A2.m3<>1 A3.m0 P4.m0<>1 A3.m1 P4.m1<>1 P4.m2 P4.m3 P~4.m3<>1 P~4.m2<>1 P~4.m1 A~3.m1<>1 P~4.m0 A~3.m0<>1 A~2.m3 P~2.m3<>1 A~2.m2 P~2.m2<>1 P~2.m1 A~1.m1<>1 P~2.m0 A~1.m0<>1 A~0.m3 P~0.m3<>1 A~0.m2 P~0.m2<>1 P~0.m1 P~0.m0
+rank 1  (recv0 recv0) A0.m0 P1.m0<>0 A0.m1 P1.m1<>0 P1.m2 A1.m2<>0 P1.m3 A1.m3<>0 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 P3.m2 A3.m2<>0 P3.m3 A3.m3<>0 (recv0 recv0) A~3.m3 P~3.m3<>0 A~3.m2 P~3.m2<>0 P~3.m1 A~2.m1<>0 P~3.m0 A~2.m0<>0 A~1.m3 P~1.m3<>0 A~1.m2 P~1.m2<>0 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0
+"""
+FOUR_RANKS = """
+rank 0  P0.m0<>1 P0.m1<>1 P0.m2<>2 P0.m3<>2 P0.m4<>3 P0.m5<>3 P0.m6 A0.m6<>1 P0.m7 A0.m7<>1 A1.m4<>2 A1.m5<>2 A2.m2<>3 A2.m3<>3 A3.m0 P4.m0<>1 A3.m1 P4.m1<>1 P4.m2<>2 P4.m3<>2 P4.m4<>3 P4.m5<>3 P4.m6 P4.m7 P~4.m7<>3 P~4.m6<>3 P~4.m5<>2 P~4.m4<>2 P~4.m3<>1 P~4.m2<>1 P~4.m1 A~3.m1<>3 P~4.m0 A~3.m0<>3 A~2.m3<>2 A~2.m2<>2 A~1.m5<>1 A~1.m4<>1 A~0.m7 P~0.m7<>3 A~0.m6 P~0.m6<>3 P~0.m5<>2 P~0.m4<>2 P~0.m3<>1 P~0.m2<>1 P~0.m1 P~0.m0
+rank 1  (recv0 recv0) A0.m0 P1.m0<>2 A0.m1 P1.m1<>2 P1.m2<>3 P1.m3<>3 P1.m4<>0 P1.m5<>0 P1.m6 A1.m6<>2 P1.m7 A1.m7<>2 A2.m4<>3 A2.m5<>3 A3.m2<>0 A3.m3<>0 (recv0 recv0) A~3.m3<>3 A~3.m2<>3 A~2.m5<>2 A~2.m4<>2 A~1.m7 P~1.m7<>0 A~1.m6 P~1.m6<>0 P~1.m5<>3 P~1.m4<>3 P~1.m3<>2 P~1.m2<>2 P~1.m1 A~0.m1<>0 P~1.m0 A~0.m0<>0
+rank 2  (recv0 recv0) A0.m2<>1 A0.m3<>1 A1.m0 P2.m0<>3 A1.m1 P2.m1<>3 P2.m2<>0 P2.m3<>0 P2.m4<>1 P2.m5<>1 P2.m6 A2.m6<>3 P2.m7 A2.m7<>3 A3.m4<>0 A3.m5<>0 (recv0 recv0) A~3.m5<>3 A~3.m4<>3 A~2.m7 P~2.m7<>1 A~2.m6 P~2.m6<>1 P~2.m5<>0 P~2.m4<>0 P~2.m3<>3 P~2.m2<>3 P~2.m1 A~1.m1<>1 P~2.m0 A~1.m0<>1 A~0.m3<>0 A~0.m2<>0
+rank 3  (recv0 recv0) A0.m4<>1 A0.m5<>1 A1.m2<>2 A1.m3<>2 A2.m0 P3.m0<>0 A2.m1 P3.m1<>0 P3.m2<>1 P3.m3<>1 P3.m4<>2 P3.m5<>2 P3.m6 A3.m6<>0 P3.m7 A3.m7<>0 (recv0 recv0) A~3.m7 P~3.m7<>2 A~3.m6 P~3.m6<>2 P~3.m5<>1 P~3.m4<>1 P~3.m3<>0 P~3.m2<>0 P~3.m1 A~2.m1<>2 P~3.m0 A~2.m0<>2 A~1.m3<>1 A~1.m2<>1 A~0.m5<>0 A~0.m4<>0
+"""
+
+
+@pytest.mark.parametrize("p, m, expected", [(2, 4, TWO_RANKS), (4, 8, FOUR_RANKS)])
+def test_ops_of_the_worked_examples(p, m, expected):
+    assert run(*flags("helix 2", p, 4, m), "--print", "ops") == expected.lstrip()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# JSON
+
+SCHEDULES = ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "helix 1", "helix 2"]
+
+
+def plan(*arguments):
+    return json.loads(run(*arguments, "--json"))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_json_is_the_whole_plan(schedule):
+    p, L, m = 4, 6, 5
+    found = plan(*flags(schedule, p, L, m), "--times", "1,6,3")
+    assert (found["schedule"], found["ranks"], found["layers"], found["chunks"]) == (schedule.split()[0], p, L, m)
+    assert len(found["ops"]) == len(found["peak_bytes"]) == p and min(found["peak_bytes"]) > 0
+
+    computed, messages, busy = Counter(), {"send": Counter(), "recv": Counter()}, 0
+    for rank, ops in enumerate(found["ops"]):
+        now, last_batch = 0, -1
+        for op in ops:
+            assert 0 <= op["start_ms"] <= op["end_ms"] <= found["step_ms"]
+            assert ("layer" in op) == (op["op"] not in ("embed", "head")), op
+            name = (op["op"], op["pass"], op.get("layer"), op["chunk"])
+            if op["kind"] == "compute":
+                assert op["start_ms"] >= now and not {"peer", "batch", "bytes"} & op.keys()
+                now = op["end_ms"]
+                busy += op["end_ms"] - op["start_ms"]
+                computed[name] += 1
+            else:
+                assert op["bytes"] > 0 and op["batch"] >= last_batch
+                last_batch = op["batch"]
+                ends = (rank, op["peer"]) if op["kind"] == "send" else (op["peer"], rank)
+                messages[op["kind"]][(*name, *ends, op["bytes"], op["start_ms"], op["end_ms"])] += 1
+    assert messages["send"] == messages["recv"] and max(messages["send"].values()) == 1
+
+    expected = [(part, direction, layer, c) for c in range(m) for layer in range(L) for part in ("pre", "attention", "post")
+                for direction in "FB" + ("W" if schedule.startswith("zb") and part != "attention" else "")]
+    expected += [name for c in range(m) for name in (("embed", "F", None, c), ("head", "B", None, c), ("embed", "B", None, c))]
+    assert computed == Counter(expected)
+    assert found["bubble"] == pytest.approx(1 - busy / (p * found["step_ms"]))
+
+
+@pytest.mark.parametrize("move", ["on", "off"])
+def test_bytes_of_the_messages(move):
+    N, C = 256, 192  # of `tiny`, elements of 4 bytes
+    found = plan(*flags("helix 2"), "--qkv-move", move)
+    weights = 3 * C * C + 3 * C
+    x = 2 * N * C + weights if move == "on" else 4 * N * C
+    expected = {"X": 4 * x, "Y": 4 * 2 * N * C, "dY": 4 * 2 * N * C, "dX": 4 * x}
+    assert {op["op"]: op["bytes"] for ops in found["ops"] for op in ops if op["kind"] != "compute"} == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Times
+
+def test_bubbles_have_their_closed_forms():
+    pre, attention, post = 1, 6, 3
+    p, L, layer = 4, 8, pre + attention + post
+    formulas = {"gpipe": 3 * (p - 1) * (L // p) * layer,
+                "1f1b": 3 * (p - 1) * (L // p) * layer,
+                "interleaved": 3 * (p - 1) * (L // p) * layer / 2,
+                "zb-h1": (p - 1) * (L // p) * (pre + 3 * attention + post),
+                "helix 1": 3 * (p - 1) * (pre + post)}
+    for schedule, bubble in formulas.items():
+        found = plan(*flags(schedule, p, L), "--times", f"{pre},{attention},{post}")
+        assert found["busiest_bubble_ms"] == pytest.approx(bubble), schedule
+        busy = [sum(op["end_ms"] - op["start_ms"] for op in ops if op["kind"] == "compute") for ops in found["ops"]]
+        assert found["step_ms"] - max(busy) == pytest.approx(bubble), schedule
+    two_folds = plan(*flags("helix 2"), "--times", "0,6,4")
+    assert two_folds["busiest_bubble_ms"] == pytest.approx(3 * (2 * (p - 2) + 1) * 4)
+    recomputed = plan(*flags("helix 1"), "--times", "1,6,3", "--recompute", "without-attention")
+    assert recomputed["busiest_bubble_ms"] == pytest.approx(4 * (p - 1) * (pre + post))
+    table = run(*flags("1f1b"), "--times", "1,6,3")
+    assert "660 ms" in table and "180 ms of the busiest rank, 27.3 %" in table
+
+
+def test_times_follow_from_the_arithmetic():
+    found = plan(*flags("1f1b", 2, 4, 4), "--context", 1024, "--batch-tokens", 8192)
+
+    def duration(part, direction):
+        return sum(op["end_ms"] - op["start_ms"] for ops in found["ops"] for op in ops
+                   if op["kind"] == "compute" and (op["op"], op["pass"]) == (part, direction))
+    assert duration("post", "F") == pytest.approx(3 * duration("pre", "F"))
+    assert duration("post", "B") == pytest.approx(2 * duration("post", "F"))
+    assert duration("attention", "B") == pytest.approx(2.5 * duration("attention", "F"))
+    assert duration("attention", "F") / duration("pre", "F") == pytest.approx(2 * 1024 / (6 * 192))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+SIZES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def sizes_in(line):
+    return [float(value) * SIZES[unit] for value, unit in re.findall(r"([\d.]+) ([KMGT]?i?B)\b", line)]
+
+
+def test_named_bytes_add_up():
+    lines = run(*flags("helix 2"), "--recompute", "without-attention").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("  activations"))
+    arena, *named = [sizes_in(line) for line in lines[start:]]
+    assert any("qkv weights" in line for line in lines) and "gaps" in lines[-1]
+    for rank in range(4):
+        assert sum(sizes[rank] for sizes in named) == pytest.approx(arena[rank], rel=2e-3)
+    assert arena == pytest.approx(plan(*flags("helix 2"), "--recompute", "without-attention")["peak_bytes"], rel=1e-3)
+
+
+def test_memory_of_all_schedules():
+    p, m = 4, 8
+    text = run(*flags("1f1b", p, 8, m), "--print", "memory", "--context", 16384)
+    rows = {line[:60].split("  ")[1].strip(): [float(x) for x in line.split()[-3:]] for line in text.splitlines()[3:]}
+    assert len(rows) == 6 * 3
+    for name, (first, last, most) in rows.items():
+        assert most >= max(first, last) > 0, name
+    # In elements by token, channel, chunk and layer: about 17 where nothing is recomputed, of the chunks alive.
+    assert rows["gpipe, recompute none"] == pytest.approx([17] * 3, rel=0.05)
+    first, last, most = rows["1f1b, recompute none"]
+    assert first == most == pytest.approx(17 * p / m, rel=0.05) and last < first / 3
+    # HelixPipe is even over the ranks: 17, and 4 with recomputation without attention; blocks 0 and L hold a little more.
+    assert rows["helix, folds 2, recompute none"] == pytest.approx([17.5] * 3, rel=0.06)
+    first, last, most = rows["helix, folds 2, recompute without-attention"]
+    assert 4 < last <= most < 5.3
+    assert "cannot run the slices" in run(*flags("gpipe"), "--print", "memory", "--chunk-tokens", 128)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+@pytest.mark.parametrize("p", [2, 5, 16])
+def test_svg(tmp_path, p):
+    file = tmp_path / "a.svg"
+    run(*flags("helix 2", p, 16, 32), "--times", "1,6,3", "--draw", file)
+    texts = [element.text for element in ElementTree.parse(file).iter() if element.tag.endswith("text")]
+    assert [t for t in texts if t.startswith("rank")] == [f"rank {r}" for r in range(p)]
+    assert "bubble" in texts[0] and "attention backward" in texts and any("time in" in t for t in texts)
+    assert file.stat().st_size < 1_000_000
+
+
+def test_terminal():
+    plain = run(*flags("zb-h1"), "--times", "1,6,3", "--draw", "-")
+    assert "\033" not in plain and max(map(len, plain.splitlines())) <= 100
+    assert [line[:6] for line in plain.splitlines() if line.startswith("rank")] == [f"rank {r}" for r in range(4)]
+    assert set("PApaw.") <= set(plain)
+    colored = run(*flags("zb-h1"), "--times", "1,6,3", "--draw", "-", FORCE_COLOR="1")
+    assert "\033[48;5;" in colored and re.sub("\033\\[[0-9;]*m", "", colored) == plain
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One rank, slices, refusals
+
+def test_one_rank_and_slices():
+    found = plan("--model", "tiny", "--batch-tokens", 1024, "--chunk-tokens", 256, "--times", "1,2,3")
+    assert (found["schedule"], found["chunks"], found["bubble"]) == ("accumulate", 4, 0)
+    found = plan(*flags("gpipe", 2, 4, 5), "--chunk-tokens", 128)
+    assert found["chunks"] == 5 and len(found["ops"]) == 2
+    assert run("--model", "tiny", "--print", "memory").count("accumulate") == 3
+
+
+@pytest.mark.parametrize("arguments, words", [
+    *[(["--times", times], "--times 1,4,3") for times in
+      ("1,2", "1,2,3,4", "1,2,3,", ",1,2", "1,x,3", "-1,2,3", "0,0,0", "nan,1,1", "1,inf,1", "1;2;3", "1,2,3ms")],
+    (["--schedule", "1f2b"], "use --schedule 1f1b"),
+    (["--schedule", "1f1b", "--virtual-stages", 3], "interleaved"),
+    (["--chunk-tokens", 128], "--schedule gpipe"),
+    (["--chunks", 10**9], "a million"),
+    (["--json", "--draw", "-"], "--draw plan.svg"),
+    (["--json", "--print", "ops"], "one by one"),
+    (["--draw", "a.svg", "--print", "memory"], "--print table"),
+    (["--model", "tinny"], "--model tiny"),
+    (["--channels", 190], "--heads"),
+    (["--print", "all"], "--print"),
+    (["--steps", 3], "other commands"),
+])
+def test_refusals(arguments, words):
+    assert words in run("--model", "tiny", "--ranks", 4, *arguments, check=2)
+
+
+def test_a_picture_that_cannot_be_written(tmp_path):
+    assert "missing" in run(*flags("1f1b"), "--draw", tmp_path / "missing" / "a.svg", check=21)

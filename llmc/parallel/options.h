@@ -1,0 +1,48 @@
+// From the configuration to the options of a rank.
+#pragma once
+
+#include "llmc/io/flags.h"
+#include "llmc/parallel/rank.h"
+
+inline GptConfig model_of(const Config& c) {
+    const auto& m = c.model;
+    return {m.layers, m.channels, m.heads, m.context, m.vocab, round_up(m.vocab, 64), !m.untied};
+}
+
+inline Recompute recompute_of(const Config& c) {
+    if (c.compute.recompute == "full") return Recompute::full;
+    return c.compute.recompute == "none" ? Recompute::none : Recompute::without_attention;
+}
+
+// The most chunks that a training step can have. A window is in one chunk or cut into even slices. Of documents that
+// are packed, any two chunks hold more tokens than fit into one, and of the slices of a long one all but the last are
+// full.
+inline int64_t most_chunks(const Config& c) {
+    const int64_t N = c.data.chunk_tokens, T = c.model.context, B = c.data.batch_tokens;
+    if (c.data.packing == "contiguous") return N < T ? B / T * (T / N) : ceil_div(B / T, N / T);
+    return 2 * B / N + 1;
+}
+
+inline RankOptions rank_options(const Config& c, const GptConfig& model, bool training, int rank = 0) {
+    const auto& parallel = c.parallel;
+    const int most = int(most_chunks(c)), least = c.data.packing == "contiguous" ? most : 1;
+    return {model,
+            recompute_of(c),
+            c.data.chunk_tokens,
+            c.compute.mlp_chunk,
+            c.compute.head_chunk,
+            int(c.compute.threads),
+            training,
+            {int(parallel.ranks), rank, parallel.schedule, int(parallel.folds), int(parallel.virtual_stages),
+             parallel.qkv_move == "on", most, least}};
+}
+
+// Bytes on one machine: all thread ranks, or as many of the largest processes as it has.
+inline int64_t host_bytes(const std::vector<MemoryPlan>& plans, const Launch& launch) {
+    int64_t sum = 0, largest = 0;
+    for (const MemoryPlan& plan : plans) {
+        sum += plan.total();
+        largest = std::max(largest, plan.total());
+    }
+    return launch.ranks > 1 ? largest * launch.local_ranks : sum;
+}

@@ -1,0 +1,157 @@
+// The ranks that this process runs: its own one under MPI, all of them as threads with --ranks, or the only one. Called
+// by main and the commands that run a model.
+#pragma once
+
+#include <chrono>
+#include <exception>
+#include <optional>
+#include <thread>
+
+#include "llmc/parallel/launch.h"
+#include "llmc/parallel/thread_transport.h"
+#include "llmc/parallel/watchdog.h"
+#ifdef USE_MPI
+#include "llmc/parallel/mpi_transport.h"
+#endif
+
+class Team {
+public:
+    const Launch launch;
+
+    // Starts MPI where a launcher has made several processes.
+    explicit Team(const Launch& launch) : launch(launch) {
+        if (launch.ranks == 1) return;
+#ifdef USE_MPI
+        session_.emplace(launch);
+        transport_ = std::make_unique<MpiTransport>(*session_);
+        members_ = {transport_.get()};
+#else
+        throw Failure(EXIT_CONFIG, launch.source + " has started " + std::to_string(launch.ranks) +
+                                       " processes, but this program was built without MPI; install libopenmpi-dev "
+                                       "and make again, or use --ranks " +
+                                       std::to_string(launch.ranks) + " without a launcher");
+#endif
+    }
+
+    // Between processes.
+    Transport& processes() { return *transport_; }
+    // One process speaks for all where all have the same to say.
+    bool speaks() const { return launch.rank == 0; }
+
+    // Ranks on this machine, of so many in all.
+    int local_ranks(int ranks) const {
+#ifdef USE_MPI
+        if (session_) return session_->launch.local_ranks;
+#endif
+        return ranks;
+    }
+
+    // What the ranks of this process are doing, a line each.
+    std::string status() {
+        const std::lock_guard lock(mutex_);
+        std::string text;
+        for (const Transport* member : members_)
+            text +=
+                (text.empty() ? "rank " : "\nrank ") + std::to_string(member->rank) + ": " + member->progress.text();
+        return text;
+    }
+
+    // Another process has ended badly, so that this one is about to.
+    bool peer_died() {
+        const std::lock_guard lock(mutex_);
+        return watchdog_ && watchdog_->peer_died();
+    }
+
+    // Runs body(transport), which returns an exit code, on every rank of this process. If it fails on one, the others
+    // end as soon as they wait for somebody, and what that rank has thrown is thrown here. `hang_timeout` in seconds.
+    template <class Body>
+    int run(int ranks, double hang_timeout, const Body& body) {
+        if (ranks == 1) return run_rank(*transport_, body);
+        if (launch.ranks > 1) {
+            const Watch watch(*this, {transport_.get()}, hang_timeout);
+            return run_rank(*transport_, body);
+        }
+        ThreadTeam team(ranks);
+        std::vector<std::unique_ptr<ThreadTransport>> transports;
+        for (int rank = 0; rank < ranks; ++rank)
+            transports.push_back(std::make_unique<ThreadTransport>(team, rank, ranks));
+        std::vector<const Transport*> members;
+        for (const auto& transport : transports) members.push_back(transport.get());
+        const Watch watch(*this, members, hang_timeout);
+        std::vector<int> codes(static_cast<size_t>(ranks));
+        std::vector<std::exception_ptr> errors(static_cast<size_t>(ranks));
+        std::vector<std::thread> threads;
+        for (int rank = 0; rank < ranks; ++rank)
+            threads.emplace_back([&, rank] {
+                try {
+                    codes[size_t(rank)] = run_rank(*transports[size_t(rank)], body);
+                } catch (...) {
+                    errors[size_t(rank)] = std::current_exception();
+                    team.fail(rank);
+                }
+                team.leave();
+            });
+        // A rank in the midst of an op first ends it, unless that takes too long.
+        if (!team.wait_for_all(std::chrono::seconds(8))) {
+            try {
+                std::rethrow_exception(errors[size_t(team.failed_rank())]);
+            } catch (const Failure& failure) {
+                std::fprintf(stderr, "train_gpt: %s\n", failure.what());
+                _exit(failure.exit_code);
+            } catch (...) { _exit(EXIT_INTERNAL); }
+        }
+        for (std::thread& thread : threads) thread.join();
+        if (team.failed_rank() >= 0) std::rethrow_exception(errors[size_t(team.failed_rank())]);
+        return codes[0];
+    }
+
+private:
+#ifdef USE_MPI
+    std::optional<MpiSession> session_;
+#endif
+    std::unique_ptr<Transport> transport_ = std::make_unique<NoTransport>();
+    std::mutex mutex_;
+    std::vector<const Transport*> members_ = {transport_.get()};  // of this process
+
+    std::unique_ptr<Watchdog> watchdog_;
+
+    // As long as ranks run, they are seen by SIGQUIT and the watchdog.
+    struct Watch {
+        Team& team;
+        Watch(Team& team, const std::vector<const Transport*>& members, double hang_timeout) : team(team) {
+            std::vector<const Progress*> progress;
+            for (const Transport* member : members) progress.push_back(&member->progress);
+            auto watchdog = std::make_unique<Watchdog>(progress, hang_timeout,
+                                                       team.launch.ranks > 1 ? team.transport_.get() : nullptr);
+            const std::lock_guard lock(team.mutex_);
+            team.members_ = members;
+            team.watchdog_ = std::move(watchdog);
+        }
+        ~Watch() {
+            const std::lock_guard lock(team.mutex_);
+            team.members_ = {team.transport_.get()};
+            team.watchdog_.reset();
+        }
+    };
+
+    // Says which of several ranks has failed, and at what.
+    template <class Body>
+    static int run_rank(Transport& transport, const Body& body) {
+        const auto where = [&] {
+            return transport.ranks == 1
+                       ? ""
+                       : "rank " + std::to_string(transport.rank) + ", " + transport.progress.text() + ": ";
+        };
+        try {
+            const int code = body(transport);
+            transport.progress.nothing();
+            return code;
+        } catch (const JointFailure&) { throw; } catch (const Failure& failure) {
+            throw Failure(failure.exit_code, where() + failure.what());
+        } catch (const std::bad_alloc&) {
+            throw Failure(EXIT_MEMORY, where() + "out of memory; choose a smaller model or batch");
+        } catch (const std::exception& error) {
+            throw Failure(EXIT_INTERNAL, where() + "internal error, please report it: " + error.what());
+        }
+    }
+};
