@@ -15,6 +15,9 @@ PRECISION_fp64 := -DPRECISION_FP64
 ifneq ($(DEVICE),cpu)
 $(error DEVICE=$(DEVICE) is not supported, use DEVICE=cpu)
 endif
+ifeq ($(filter auto no,$(MPI)),)
+$(error MPI=$(MPI) is not supported, use MPI=auto or MPI=no)
+endif
 ifndef PRECISION_$(PRECISION)
 $(error PRECISION=$(PRECISION) is not supported, use fp32, bf16 or fp64)
 endif

@@ -320,7 +320,7 @@ double compute_gradients(Rank& rank, const Step& step, Observer* observer = null
     fill_zero(rank.device, Matrix<floatS>(rank.gradients, 1, flat_size(rank.parameters)));
     const double count = double(std::max<int64_t>(step.targets, 1));
     double loss = run_ops(rank, rank.plan_for(step.group_sizes, true), step, floatS(1.0 / count), observer) / count;
-    rank.transport.progress.meeting_all("sum of gradients and losses");
+    rank.transport.progress.busy_with("the sum of gradients");
     sum_tied_gradients(rank);
     rank.transport.sum({&loss, 1});
     return loss;
@@ -332,7 +332,6 @@ Evaluation evaluate(Rank& rank, const Loader& loader, int64_t batch_tokens, int6
     int64_t tokens = 0;
     for (int64_t sample = 0; sample < loader.samples();) {
         double stopped = stop && *stop;  // signals reach ranks at different times
-        rank.transport.progress.meeting_all("validation");
         rank.transport.sum({&stopped, 1});
         if ((total.ended_early = stopped > 0)) break;
         const int64_t left = max_tokens > 0 ? max_tokens - tokens : batch_tokens;
@@ -480,10 +479,11 @@ std::vector<MemoryPlan> memory_plans(const Config& c) {
     return plan_memory(rank_options(c, model_of(c), true), ranks);
 }
 
-// Refuses a run that does not fit, and says what would. Called before anything is allocated.
-void check_memory(const Config& c, const std::vector<MemoryPlan>& plans, const Launch& launch) {
+// Refuses a run that does not fit, `besides` bytes of another kind included, and says what would. Called before
+// anything is allocated.
+void check_memory(const Config& c, const std::vector<MemoryPlan>& plans, const Launch& launch, int64_t besides) {
     const int64_t available = c.compute.memory ? c.compute.memory : available_memory();
-    const int64_t wanted = host_bytes(plans, launch);
+    const int64_t wanted = host_bytes(plans, launch) + besides;
     if (wanted <= available) return;
     std::vector<MemoryPlan> fixed_parts;
     for (const MemoryPlan& p : plans) fixed_parts.push_back({p.weights, p.master, p.gradients, p.moments});
@@ -714,7 +714,6 @@ int training_loop(Training& run) {
         const double seconds = seconds_now() - start;
         double totals[] = {rank.busy_seconds - busy_before, double(signals.stop_wanted),
                            double(signals.checkpoint_wanted.exchange(false)), double(resident_bytes())};
-        transport.progress.meeting_all("the end of a step");
         transport.sum(totals);
         const auto [busy, stop_votes, checkpoint_votes, resident] = totals;
         const bool threads = c.launch.ranks == 1;  // one process has one resident size
@@ -818,8 +817,8 @@ public:
         : rank_(rank), alone_(alone), whole_(parameter_table(rank.options.model)), errors_(whole_.size()) {}
 
     void compare_losses(double loss, double wanted) {
-        worst_loss_ =
-            std::max(worst_loss_, std::isfinite(loss) ? std::abs(loss - wanted) / std::abs(wanted) : INFINITY);
+        const double error = std::abs(loss - wanted) / std::abs(wanted);
+        worst_loss_ = std::isfinite(error) ? std::max(worst_loss_, error) : INFINITY;
     }
 
     // gradients or master weights: where a rank has them.
@@ -938,9 +937,9 @@ int train_rank(const Job& job, Transport& transport) {
     });
     try {
         return training_loop(run);
-    } catch (const JointFailure& failure) {
+    } catch (const Failure& failure) {  // rank 0 writes what is no checkpoint
         const bool said = std::string(failure.what()).find("good checkpoint") != std::string::npos;
-        if (failure.exit_code != EXIT_STORAGE || said) throw;
+        if (failure.exit_code != EXIT_STORAGE || said || transport.rank != 0) throw;
         throw JointFailure(EXIT_STORAGE, failure.what() + (" " + last_good_checkpoint(c.run.dir)));
     }
 }
@@ -953,16 +952,17 @@ int train_command(Config c, Team& team) {
     if (!c.run.init_from.empty()) take_sizes_of(c, c.run.init_from, team.processes());
     bool dry_run = false;
     team.processes().together([&] {
-        std::vector<MemoryPlan> plans = memory_plans(c);
+        const std::vector<MemoryPlan> plans = memory_plans(c);
         if (speaks) print_table("memory", memory_table(plans));
         if ((dry_run = c.run.dry_run)) return;
-        if (c.run.verify_layout) {  // rank 0 has the whole model besides
+        int64_t besides = 0;
+        if (c.run.verify_layout) {  // rank 0 has the whole model
             Config single = c;
             single.parallel.ranks = 1;
-            plans.push_back(memory_plans(single)[0]);
+            besides = memory_plans(single)[0].total();
         }
-        check_memory(c, plans, team.launch);
-        signals.emplace([&] { return team.status(); }, [&] { return team.peer_died(); });
+        check_memory(c, plans, team.launch, besides);
+        signals.emplace([&] { return team.status(); }, [&] { return team.peer_died(); }, speaks);
         const Tokenizer tokenizer(c.data.tokenizer);
         const auto open = [&](const std::string& files, uint64_t seed) {
             return Loader(open_token_files(files), loader_options(c, tokenizer, seed));
@@ -1008,18 +1008,23 @@ int main(int argc, char** argv) {
     try {
         launch = read_launch();
         cpu_isa();  // refuses an impossible HELIXTRAIN_ISA
-        const Config config = parse_config(argc, argv, launch);
+        Team team(launch);
+        const Config config = parse_config(argc, argv, team.launch);
         omp_set_num_threads(int(config.compute.threads));
-        if (config.command == "tokenize")
+        const std::string& command = config.command;
+        if (launch.ranks > 1 && command != "train" && command != "eval" && command != "generate")
+            throw Failure(EXIT_CONFIG, "`" + command + "` is the work of one process, " + launch.source +
+                                           " has started " + std::to_string(launch.ranks) +
+                                           "; run it without a launcher");
+        if (command == "tokenize")
             return tokenize_command({config.tokenize.inputs, config.tokenize.output, config.data.tokenizer,
                                      config.data.tokenizer_dir, config.tokenize.holdout_every,
                                      config.tokenize.max_bytes, config.tokenize.extensions,
                                      config.tokenize.shard_tokens});
-        if (config.command == "doctor") return doctor_command(config);
-        if (config.command == "plan") return plan_command(config, rank_options(config, model_of(config), true));
-        Team team(config.launch);
-        if (config.command == "generate") return generate_command(config, team);
-        if (config.command == "eval") return eval_command(config, team);
+        if (command == "doctor") return doctor_command(config);
+        if (command == "plan") return plan_command(config, rank_options(config, model_of(config), true));
+        if (command == "generate") return generate_command(config, team);
+        if (command == "eval") return eval_command(config, team);
         return train_command(config, team);
     } catch (const HelpRequested& help) {
         std::fputs(help.text.c_str(), stdout);

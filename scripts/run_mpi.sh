@@ -21,8 +21,7 @@ program=${PROGRAM:-$(dirname "$0")/../train_gpt}
 flags=
 if mpirun --version | grep -q "Open MPI"; then
     # The program divides the cores among its ranks itself. Between hosts, messages go on while a rank computes.
-    flags="--bind-to none --mca btl_tcp_progress_thread 1"
-    [ "$ranks" -le "$(nproc)" ] || flags="$flags --oversubscribe"
+    flags="--oversubscribe --bind-to none --mca btl_tcp_progress_thread 1"
     [ "$(id -u)" != 0 ] || flags="$flags --allow-run-as-root"
 fi
 
@@ -35,6 +34,7 @@ job=$!
 trap 'kill -USR2 $job; trap "kill -TERM $job" TERM INT' TERM INT
 trap 'kill -USR2 $job' USR2
 trap 'kill -USR1 $job' USR1
+trap 'pkill -QUIT -P $job || true' QUIT  # mpirun does not pass it on; its children are the ranks of this host
 status=0
 wait $job || status=$?
 while kill -0 $job 2>/dev/null; do  # a signal has ended the wait, not mpirun

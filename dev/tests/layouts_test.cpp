@@ -67,7 +67,9 @@ TEST(Layouts, HelixAgreesWithOneRank) {
                                               .layers = layers_of(L, p),
                                               .chunks = chunks_of(m, p, F),
                                               .move_qkv = move,
-                                              .recompute = Recompute(summary.cases % 3)});
+                                              .recompute = Recompute(summary.cases % 3),
+                                              .documents = summary.cases / 4 % 2 == 1,
+                                              .tied = summary.cases / 2 % 2 == 1});
     EXPECT_EQ(summary.cases, 108);
     summary.print();
 }
@@ -137,7 +139,6 @@ TEST(Layouts, OneFoldAndTwoHaveTheSameBits) {
                     const LayoutRun one = run_layout(layout, steps);
                     layout.folds = 2;
                     EXPECT_TRUE(same_bits(one, run_layout(layout, steps))) << layout.text();
-                    layout.layers = 1;
                 }
 }
 

@@ -42,7 +42,8 @@ inline void fill_config(Config& c) {
     if (c.command == "tokenize") fill(c.data.tokenizer, "bytes");
     fill(c.data.batch_tokens, 8 * c.model.context);
     if (c.launch.ranks > 1 && !c.is_given("ranks")) c.parallel.ranks = c.launch.ranks;
-    const int64_t local_ranks = c.launch.ranks > 1 ? c.launch.local_ranks : c.parallel.ranks;
+    // Ranks that share the cores this process may use. A launcher may have divided them already.
+    const int64_t local_ranks = c.launch.ranks == 1 ? c.parallel.ranks : bound_to_cores() ? 1 : c.launch.local_ranks;
     fill(c.data.chunk_tokens, c.parallel.ranks > 1 ? c.model.context : c.data.batch_tokens);
     fill(c.compute.threads, std::max<int64_t>(1, usable_threads() / local_ranks));
 }

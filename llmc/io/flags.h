@@ -202,7 +202,7 @@ inline const std::vector<Flag>& flag_table() {
          "pipeline ranks, as threads of this process; under mpirun its number of processes", {1, 4096}},
         {"schedule", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, schedule),
          "who computes what when, with several ranks", {.choices = "gpipe|1f1b|interleaved|zb-h1|zb-h2|helix"}},
-        {"folds", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, folds), "helix: chunks handled back to back", {1, 1024}},
+        {"folds", TRAIN | EVAL | PLAN, IN(parallel, folds), "helix: chunks handled back to back", {1, 1024}},
         {"virtual-stages", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, virtual_stages),
          "interleaved: stages a rank, 0 = as many as there are layers for", {0, 10000}},
         {"qkv-move", TRAIN | PLAN, IN(parallel, qkv_move),

@@ -49,6 +49,12 @@ inline int64_t resident_bytes() {
     return resident * 4096;
 }
 
+// Whether the process was given a part of the machine's cores.
+inline bool bound_to_cores() {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof(set), &set) == 0 && CPU_COUNT(&set) < sysconf(_SC_NPROCESSORS_ONLN);
+}
+
 // Cores that this process may use: its affinity mask, or what the control group's quota amounts to, at least one.
 inline int usable_threads() {
     cpu_set_t set;

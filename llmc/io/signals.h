@@ -16,6 +16,7 @@
 #include <functional>
 #include <string>
 #include <thread>
+#include <utility>
 
 class Signals {
 public:
@@ -23,9 +24,10 @@ public:
 
     // Call before the first thread is made, since threads inherit the mask. `status` names the current op. Of a run of
     // several processes the launcher ends all when one has died: then `peer_died` tells that there is nothing to save.
+    // Of the processes of a run one `speaks`.
     explicit Signals(
-        std::function<std::string()> status, std::function<bool()> peer_died = [] { return false; })
-        : status_(std::move(status)), peer_died_(std::move(peer_died)) {
+        std::function<std::string()> status, std::function<bool()> peer_died = [] { return false; }, bool speaks = true)
+        : status_(std::move(status)), peer_died_(std::move(peer_died)), speaks_(speaks) {
         sigemptyset(&set_);
         for (int s : {SIGUSR1, SIGUSR2, SIGTERM, SIGINT, SIGQUIT, wake_}) sigaddset(&set_, s);
         pthread_sigmask(SIG_BLOCK, &set_, nullptr);
@@ -43,17 +45,21 @@ private:
     sigset_t set_;
     std::function<std::string()> status_;
     std::function<bool()> peer_died_;
+    const bool speaks_;
     std::atomic<bool> ended_ = false;
     std::thread waiter_;
 
     void wait() {
+        bool asked_to_end = false;  // by SIGINT or SIGTERM
         for (int signal = 0; sigwait(&set_, &signal) == 0 && !ended_;) {
             if (signal == SIGQUIT) std::fprintf(stderr, "%s\n", status_().c_str());
             if (signal == SIGUSR1) checkpoint_wanted = true;
             if (signal != SIGUSR2 && signal != SIGTERM && signal != SIGINT) continue;
             if (signal == SIGTERM) std::this_thread::sleep_for(std::chrono::milliseconds(100));
             if (peer_died_()) continue;
-            if (stop_wanted.exchange(true) && signal != SIGUSR2) _exit(128 + signal);
+            stop_wanted = true;
+            if (signal != SIGUSR2 && std::exchange(asked_to_end, true)) _exit(128 + signal);
+            if (!speaks_) continue;
             std::fprintf(stderr, "signal %d: checkpoint after this step, then exit 75; once more to exit now\n",
                          signal);
         }

@@ -101,7 +101,8 @@ public:
         while (!open_.empty() && open_.front().request == MPI_REQUEST_NULL) open_.pop_front();
     }
 
-    std::vector<std::string> all_gather(const std::string& text) override {
+protected:
+    std::vector<std::string> gather(const std::string& text) override {
         std::vector<int64_t> sizes(size_t(ranks), 0);
         const int64_t size = int64_t(text.size());
         Piece lengths;

@@ -46,17 +46,29 @@ public:
     void meeting_all(const char* what) { begin({.activity = Activity::meeting, .what = what}); }
     void nothing() { begin({}); }
 
+    // From here to resume() it waits for all ranks, at whatever it was doing.
+    auto meet() {
+        const State before = state_;
+        begin({.activity = Activity::meeting, .what = before.what ? before.what : "the end of its ops"});
+        return before;
+    }
+    template <class State>
+    void resume(const State& before) {
+        begin(before);
+    }
+
     std::string text() const { return text(read()); }
 
     // A rank may be in one op for 5 times the slowest of the last 100 of its kind, and 10 s at least; `hang_timeout`
-    // seconds where that is not known yet, or where it is busy with something else. A wait is judged by the slowest of
-    // all kinds. `resumed`: time before it does not count, since the process was stopped.
+    // seconds where that is not known yet, or where it is busy with something else, and for attention, whose work grows
+    // with the square of a document. A wait is judged by the slowest of all kinds. `resumed`: time before it does not
+    // count, since the process was stopped.
     Report report(double hang_timeout, double resumed = 0) const {
         const State state = read();
         Report report{.activity = state.activity, .seconds = seconds_now() - std::max(state.since, resumed)};
         double slowest = 0;  // that is known
         if (state.activity == Activity::computing) {
-            slowest = durations(state.op).slowest();
+            if (state.op.part != Part::attention) slowest = durations(state.op).slowest();
         } else if (state.activity == Activity::waiting) {
             report.peer = state.op.peer;
             for (const auto& passes : durations_)

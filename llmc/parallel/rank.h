@@ -92,7 +92,8 @@ inline Plan plan_pattern(const RankOptions& o, const std::vector<int>& group_siz
 
 // The patterns of chunks (group_sizes) that memory is planned for. One rank is done with a sequence before the next one
 // begins, so the longest counts. A pipeline has many chunks under way; the most chunks take the most memory but for the
-// gaps in an arena, so that all counts are tried, or, where these are many, some.
+// gaps in an arena, so that all counts are tried, or, where these are many, some. Of sequences cut into slices the
+// longest are planned for; many that are just longer than a chunk need a little more (then plan_for gets it).
 inline std::vector<std::vector<int>> planned_patterns(const RankOptions& o, bool training) {
     const int slices = int(ceil_div(o.model.context, o.chunk_tokens));  // of the longest sequence
     if (o.layout.ranks == 1) return {{slices}};
@@ -194,11 +195,13 @@ struct Rank {
     // Plans are made once for each pattern of chunks. Between steps the activations hold nothing: a pattern that leaves
     // larger gaps in the arena than those planned for gets a larger one.
     const Plan& plan_for(const std::vector<int>& group_sizes, bool training) {
+        if (plans.size() > 256) plans.clear();  // of documents, nearly every step has a pattern of its own
         auto [place, is_new] = plans.try_emplace({training, group_sizes});
         if (is_new) place->second = plan_pattern(options, group_sizes, training);
         if (const int64_t bytes = round_up(place->second.size.bytes, 4096); bytes > memory.activations) {
-            munmap(activations, size_t(memory.activations));
-            activations = map(memory.activations = bytes);
+            munmap(std::exchange(activations, nullptr), size_t(std::exchange(memory.activations, 0)));
+            activations = map(bytes);
+            memory.activations = bytes;
         }
         return place->second;
     }

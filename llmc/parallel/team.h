@@ -16,13 +16,14 @@
 
 class Team {
 public:
-    const Launch launch;
+    Launch launch;  // under MPI, what MPI says
 
     // Starts MPI where a launcher has made several processes.
     explicit Team(const Launch& launch) : launch(launch) {
         if (launch.ranks == 1) return;
 #ifdef USE_MPI
         session_.emplace(launch);
+        this->launch = session_->launch;
         transport_ = std::make_unique<MpiTransport>(*session_);
         members_ = {transport_.get()};
 #else
@@ -39,12 +40,7 @@ public:
     bool speaks() const { return launch.rank == 0; }
 
     // Ranks on this machine, of so many in all.
-    int local_ranks(int ranks) const {
-#ifdef USE_MPI
-        if (session_) return session_->launch.local_ranks;
-#endif
-        return ranks;
-    }
+    int local_ranks(int ranks) const { return launch.ranks > 1 ? launch.local_ranks : ranks; }
 
     // What the ranks of this process are doing, a line each.
     std::string status() {
@@ -93,12 +89,9 @@ public:
             });
         // A rank in the midst of an op first ends it, unless that takes too long.
         if (!team.wait_for_all(std::chrono::seconds(8))) {
-            try {
-                std::rethrow_exception(errors[size_t(team.failed_rank())]);
-            } catch (const Failure& failure) {
-                std::fprintf(stderr, "train_gpt: %s\n", failure.what());
-                _exit(failure.exit_code);
-            } catch (...) { _exit(EXIT_INTERNAL); }
+            std::fprintf(stderr, "train_gpt: rank %d has failed, and the others do not end:\n%s\n", team.failed_rank(),
+                         status().c_str());
+            _exit(EXIT_PEER);
         }
         for (std::thread& thread : threads) thread.join();
         if (team.failed_rank() >= 0) std::rethrow_exception(errors[size_t(team.failed_rank())]);

@@ -55,7 +55,7 @@ public:
         const int64_t first = self.first + int64_t(self.done.size());
         self.done.insert(self.done.end(), transfers.size(), false);
         for (size_t i = 0; i < transfers.size(); ++i) {
-            check_peers(rank);
+            check_peers(lock, rank);
             const Transfer& t = transfers[i];
             const End mine{rank, first + int64_t(i), t.data, t.bytes};
             Queue& queue = t.send ? queues_[size_t(rank * ranks_ + t.peer)] : queues_[size_t(t.peer * ranks_ + rank)];
@@ -87,7 +87,7 @@ public:
         Member& self = members_[size_t(rank)];
         for (int64_t n = std::max(begin, self.first); n < end; ++n)
             self.changed.wait(lock, [&] {
-                check_peers(rank);
+                check_peers(lock, rank);
                 return n < self.first || self.done[size_t(n - self.first)];
             });
         while (!self.done.empty() && self.done.front()) {
@@ -105,7 +105,7 @@ public:
         if (++gather.arrived == ranks_)
             for (Member& member : members_) member.changed.notify_all();
         self.changed.wait(lock, [&] {
-            if (gather.arrived < ranks_) check_peers(rank);
+            if (gather.arrived < ranks_) check_peers(lock, rank);
             return gather.arrived >= ranks_;
         });
         std::vector<std::string> texts = gather.texts;
@@ -149,9 +149,11 @@ private:
         member.done[size_t(end.number - member.first)] = true;
         member.changed.notify_all();
     }
-    void check_peers(int rank) const {
-        if (failed_rank_ >= 0 && failed_rank_ != rank)
-            throw Failure(EXIT_PEER, "rank " + std::to_string(failed_rank_) + " has failed");
+    // Whoever hears of a failure frees memory, which others may still be copying from or to.
+    void check_peers(std::unique_lock<std::mutex>& lock, int rank) {
+        if (failed_rank_ < 0 || failed_rank_ == rank) return;
+        copied_.wait(lock, [&] { return copying_ == 0; });
+        throw Failure(EXIT_PEER, "rank " + std::to_string(failed_rank_) + " has failed");
     }
 };
 
@@ -161,7 +163,9 @@ public:
     int64_t post(std::span<const Transfer> transfers) override { return team_.post(rank, transfers); }
     void wait(int64_t begin, int64_t end) override { team_.wait(rank, begin, end); }
     void abandon() override { team_.abandon(rank); }
-    std::vector<std::string> all_gather(const std::string& text) override { return team_.all_gather(rank, text); }
+
+protected:
+    std::vector<std::string> gather(const std::string& text) override { return team_.all_gather(rank, text); }
 
 private:
     ThreadTeam& team_;

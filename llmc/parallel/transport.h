@@ -47,7 +47,12 @@ public:
     virtual void abandon() {}
 
     // The text of every rank, by rank. All ranks call it in the same order.
-    virtual std::vector<std::string> all_gather(const std::string& text) = 0;
+    std::vector<std::string> all_gather(const std::string& text) {
+        const auto before = progress.meet();
+        std::vector<std::string> texts = gather(text);
+        progress.resume(before);
+        return texts;
+    }
 
     // The sum of each value over the ranks, added in the order of ranks: the same bits everywhere.
     void sum(std::span<double> values) {
@@ -88,6 +93,9 @@ public:
         for (const std::string& message : messages) all += (all.empty() ? "" : "\n") + message;
         throw JointFailure(code, all);
     }
+
+protected:
+    virtual std::vector<std::string> gather(const std::string& text) = 0;
 };
 
 // One rank by itself: there is nobody to talk to.
@@ -96,5 +104,7 @@ public:
     NoTransport() : Transport(0, 1) {}
     int64_t post(std::span<const Transfer>) override { throw std::logic_error("a single rank posts an exchange"); }
     void wait(int64_t, int64_t) override {}
-    std::vector<std::string> all_gather(const std::string& text) override { return {text}; }
+
+protected:
+    std::vector<std::string> gather(const std::string& text) override { return {text}; }
 };

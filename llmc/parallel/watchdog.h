@@ -57,8 +57,8 @@ inline std::string cause_of_end(std::span<const Sight> ranks, double now) {
                    who_waits(r);
 
     size_t slowest = 0, first = ranks.size();
-    double excess = 1;  // of the time over its limit
-    bool all_wait = true;
+    double excess = 1;     // of the time over its limit
+    bool all_wait = true;  // and have waited for too long: for a moment they may, while a message is under way
     for (size_t r = 0; r < ranks.size(); ++r) {
         const Report& report = ranks[r].report;
         if (ranks[r].state != Sight::present) continue;
@@ -67,8 +67,8 @@ inline std::string cause_of_end(std::span<const Sight> ranks, double now) {
             excess = report.seconds / report.limit;
         }
         // A rank that has just been stopped seems to wait on: silence will tell.
-        if (report.works() || !ranks[r].answers(now, 1)) all_wait = false;
-        if (report.waits() && report.seconds > report.limit && first == ranks.size()) first = r;
+        if (report.works() || report.seconds <= report.limit || !ranks[r].answers(now, 1)) all_wait = false;
+        if (report.waits() && (first == ranks.size() || report.seconds > ranks[first].report.seconds)) first = r;
     }
     auto text = [&](size_t r) {
         const Report& report = ranks[r].report;
@@ -188,6 +188,10 @@ private:
             if (failed_rank() >= 0) return end_behind();
             sleep(5);
             look();
+        }
+        if (cause_of_end(sights_, seconds_now()).empty()) {  // it has come to life again
+            peer_died_ = false;
+            return;
         }
         const std::string line = "train_gpt: " + cause + "\n";
         const bool told = write(STDERR_FILENO, line.data(), line.size()) > 0;

@@ -1,7 +1,8 @@
-// Addresses for tensors whose lifetimes are known. The longest-lived come first, each at the lowest address that is
-// free during its whole life. What a pipeline keeps for its backward pass then lies at the bottom like a stack, and the
-// short-lived tensors share the space above. The end comes out at, or close to, the largest sum of bytes alive at once,
-// which is the least possible; `live_peak` tells the difference.
+// Addresses for tensors whose lifetimes are known: one after another, each at the lowest address that is free during
+// its whole life. Two orders are tried, and the one whose arena ends lower is kept. The longest-lived first: what is
+// kept for the backward pass lies at the bottom like a stack, best for one rank. The largest first: best for pipelines,
+// whose messages and kept tensors come and go side by side. The end comes out at, or close to, the largest sum of bytes
+// alive at once, which is the least possible; `live_peak` tells the difference.
 #pragma once
 
 #include <algorithm>
@@ -43,22 +44,9 @@ struct ArenaSpan {
     }
 };
 
-// `op_count` bounds first and last.
-inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count) {
-    ArenaSize size;
-    std::vector<int64_t> change(size_t(op_count) + 1);
-    for (const Lifetime& t : tensors) {
-        change[size_t(t.first)] += round_up(t.bytes, arena_alignment);
-        change[size_t(t.last) + 1] -= round_up(t.bytes, arena_alignment);
-    }
-    int64_t live = 0;
-    for (int64_t c : change) size.live_peak = std::max(size.live_peak, live += c);
-
-    std::vector<size_t> order(tensors.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-        return tensors[a].last - tensors[a].first > tensors[b].last - tensors[b].first;
-    });
+// Places the tensors in the given order; returns the end of the highest one. `op_count` bounds first and last.
+inline int64_t place_in_order(std::vector<Lifetime>& tensors, const std::vector<size_t>& order, int op_count) {
+    int64_t end = 0;
     std::vector<ArenaSpan> spans(size_t(op_count / ArenaSpan::ops) + 1);
     std::vector<AddressRange> taken;  // while the tensor lives
     for (size_t i : order) {
@@ -75,16 +63,46 @@ inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count) {
                         {tensors[n].offset, tensors[n].offset + round_up(tensors[n].bytes, arena_alignment)});
         }
         std::sort(taken.begin(), taken.end());
+        t.offset = 0;
         for (const AddressRange& range : taken) {
             if (t.offset + bytes <= range.first) break;  // fits below
             t.offset = std::max(t.offset, range.second);
         }
-        size.bytes = std::max(size.bytes, t.offset + bytes);
+        end = std::max(end, t.offset + bytes);
         for (int s = first_span; s <= last_span; ++s) {
             const bool whole = t.first <= s * ArenaSpan::ops && (s + 1) * ArenaSpan::ops - 1 <= t.last;
             if (whole) spans[size_t(s)].cover({t.offset, t.offset + bytes});
             else spans[size_t(s)].partial.push_back(i);
         }
+    }
+    return end;
+}
+
+inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count) {
+    ArenaSize size;
+    std::vector<int64_t> change(size_t(op_count) + 1);
+    for (const Lifetime& t : tensors) {
+        change[size_t(t.first)] += round_up(t.bytes, arena_alignment);
+        change[size_t(t.last) + 1] -= round_up(t.bytes, arena_alignment);
+    }
+    int64_t live = 0;
+    for (int64_t c : change) size.live_peak = std::max(size.live_peak, live += c);
+
+    const auto in_order_of = [&](const auto& value) {
+        std::vector<size_t> order(tensors.size());
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(),
+                         [&](size_t a, size_t b) { return value(tensors[a]) > value(tensors[b]); });
+        return order;
+    };
+    const std::vector<size_t> longest = in_order_of([](const Lifetime& t) { return int64_t(t.last - t.first); });
+    size.bytes = place_in_order(tensors, longest, op_count);
+    if (size.bytes == size.live_peak) return size;
+    std::vector<Lifetime> other = tensors;
+    const std::vector<size_t> largest = in_order_of([](const Lifetime& t) { return t.bytes; });
+    if (const int64_t bytes = place_in_order(other, largest, op_count); bytes < size.bytes) {
+        tensors = std::move(other);
+        size.bytes = bytes;
     }
     return size;
 }

@@ -114,6 +114,7 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
     const int count = int(plan.ops.size());
     std::map<std::tuple<Tensor, int, int>, size_t> alive;  // the latest tensor of each name
     std::map<std::pair<int, int>, int> received;           // [chunk, position in the chain] op that receives its result
+    std::map<std::pair<int, int>, int> slice;              // [layer, store] chunk whose attention ran last
     std::vector<std::pair<int, size_t>> sending;           // batch, tensor
     std::vector<std::vector<size_t>> used(plan.ops.size());
     const auto live_until = [&](size_t tensor, int op) {
@@ -134,6 +135,13 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
                     return complete;
                 });
             }
+        if (op.part == Part::attention && shape.store >= 0) {  // slices run in order, backward in reverse
+            const bool forward = op.pass == Pass::F, first = forward ? shape.first_slice : shape.last_slice;
+            int& last = slice[{op.layer, shape.store}];
+            if (!first && last != op.chunk + (forward ? -1 : 1))
+                throw std::logic_error("the schedule runs a slice before its turn: " + op_name(op));
+            last = op.chunk;
+        }
         plan.memory.emplace_back();
         for (const Use& use : uses(op, shape, rules)) {
             const std::tuple key{use.tensor, use.layer, use.owner};
