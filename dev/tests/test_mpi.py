@@ -96,7 +96,7 @@ def test_stopped_and_hung():
         assert code == 20, err
     code, _, err = end(hung)
     (cause,) = causes(err)
-    assert re.fullmatch(r"train_gpt: rank 2 has been in attention layer 3 chunk 2 for \d+ s \(limit 10 s\); "
+    assert re.fullmatch(r"train_gpt: rank 2 has been in attention layer 3 chunk 2 for \d+ s \(limit \d+ s\); "
                         r"rank 0 waits for Y layer 3 chunk 2 from rank 2", cause), cause
     assert code == 20, err
 

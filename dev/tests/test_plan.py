@@ -209,7 +209,6 @@ def test_one_rank_and_slices():
     *[(["--times", times], "--times 1,4,3") for times in
       ("1,2", "1,2,3,4", "1,2,3,", ",1,2", "1,x,3", "-1,2,3", "0,0,0", "nan,1,1", "1,inf,1", "1;2;3", "1,2,3ms")],
     (["--schedule", "1f2b"], "use --schedule 1f1b"),
-    (["--schedule", "1f1b", "--virtual-stages", 3], "interleaved"),
     (["--chunk-tokens", 128], "--schedule gpipe"),
     (["--chunks", 10**9], "a million"),
     (["--json", "--draw", "-"], "--draw plan.svg"),

@@ -184,14 +184,17 @@ TEST(Progress, Text) {
 
 TEST(Progress, LimitFollowsFromTheSlowestOfItsKind) {
     Progress progress;
-    Op backward = attention;
+    Op post = attention, backward = post;
+    post.part = backward.part = Part::post;
     backward.pass = Pass::B;
     for (int i = 0; i < 3; ++i) {
-        progress.computing(attention);
+        progress.computing(post);
         EXPECT_EQ(progress.report(300).limit, 300) << "with " << i << " measurements";
     }
-    progress.computing(attention);
+    progress.computing(post);
     EXPECT_EQ(progress.report(300).limit, 10);  // they took next to no time
+    for (int i = 0; i < 5; ++i) progress.computing(attention);
+    EXPECT_EQ(progress.report(300).limit, 300);  // the next one may have a much longer document
     progress.computing(backward);
     EXPECT_EQ(progress.report(300).limit, 300);  // another kind
     progress.busy_with("optimizer");

@@ -58,7 +58,7 @@ inline std::string cause_of_end(std::span<const Sight> ranks, double now) {
 
     size_t slowest = 0, first = ranks.size();
     double excess = 1;     // of the time over its limit
-    bool all_wait = true;  // and have waited for too long: for a moment they may, while a message is under way
+    bool all_wait = true;  // and not just for a moment, as they may while a message is under way
     for (size_t r = 0; r < ranks.size(); ++r) {
         const Report& report = ranks[r].report;
         if (ranks[r].state != Sight::present) continue;
@@ -67,8 +67,10 @@ inline std::string cause_of_end(std::span<const Sight> ranks, double now) {
             excess = report.seconds / report.limit;
         }
         // A rank that has just been stopped seems to wait on: silence will tell.
-        if (report.works() || report.seconds <= report.limit || !ranks[r].answers(now, 1)) all_wait = false;
-        if (report.waits() && (first == ranks.size() || report.seconds > ranks[first].report.seconds)) first = r;
+        const bool late = report.seconds > report.limit;
+        const bool long_there = report.activity == Activity::meeting ? report.seconds > 1 : late;
+        if (report.works() || !long_there || !ranks[r].answers(now, 1)) all_wait = false;
+        if (late && (first == ranks.size() || report.seconds > ranks[first].report.seconds)) first = r;
     }
     auto text = [&](size_t r) {
         const Report& report = ranks[r].report;
