@@ -67,9 +67,9 @@ inline std::string cause_of_end(std::span<const Sight> ranks, double now) {
             excess = report.seconds / report.limit;
         }
         // A rank that has just been stopped seems to wait on: silence will tell.
-        const bool late = report.seconds > report.limit;
-        const bool long_there = report.activity == Activity::meeting ? report.seconds > 1 : late;
-        if (report.works() || !long_there || !ranks[r].answers(now, 1)) all_wait = false;
+        const bool late = report.waits() && report.seconds > report.limit;
+        const bool passing = report.activity == Activity::meeting ? report.seconds < 1 : report.waits() && !late;
+        if (report.works() || passing || !ranks[r].answers(now, 1)) all_wait = false;
         if (late && (first == ranks.size() || report.seconds > ranks[first].report.seconds)) first = r;
     }
     auto text = [&](size_t r) {
