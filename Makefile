@@ -55,7 +55,7 @@ test:  ## set up, build, run every test; the last line reads `N passed, N failed
 	@scripts/setup.sh --test
 	@$(MAKE) --no-print-directory PRECISION=bf16 build/$(DEVICE)-bf16/train_gpt build/$(DEVICE)-bf16/test_gpt
 	@$(MAKE) --no-print-directory PRECISION=fp64 build/$(DEVICE)-fp64/test_gpt
-	@$(MAKE) --no-print-directory all tests
+	@$(MAKE) --no-print-directory -j2 all tests
 	@scripts/run_tests.sh
 
 bench:  ## set up (a current PyTorch, too) and build the benchmarks into build/bench
