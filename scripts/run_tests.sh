@@ -29,6 +29,7 @@ suite() {  # name, command...
     [ "$bad" = 0 ] || { echo "---- $log"; tail -n 60 "$log"; echo "----"; }
     passed=$((passed + good)) failed=$((failed + bad))
     skip=$(count '[0-9]+ skipped' <"$log")
+    grep '^SKIPPED' "$log" | sed 's/^/    /'
     skipped=$((skipped + ${skip:-0}))
 }
 
@@ -37,10 +38,10 @@ for program in build/tests/*_test build/tests/fuzz_*; do
     [ -x "$program" ] && [ -f "$source" ] && suite "$(basename "$program")" "$program"
 done
 for script in dev/tests/test_*.py; do
-    [ -f "$script" ] && suite "$(basename "$script" .py)" build/venv/bin/python -m pytest -q -p no:cacheprovider "$script"
+    [ -f "$script" ] && suite "$(basename "$script" .py)" build/venv/bin/python -m pytest -q -rs -p no:cacheprovider "$script"
 done
 
 echo
-[ $skipped = 0 ] || echo "$skipped skipped: what they need is not on this machine (pytest -rs names it)"
+[ $skipped = 0 ] || echo "$skipped skipped, for the reasons above"
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -1,5 +1,5 @@
 """The scripts of data/, on local files: what they write is read here by the format's own rules, and `tokenize` makes
-the same shards of the same documents. tiktoken is replaced by a stub, and used itself where it is installed.
+the same shards of the same documents. tiktoken is replaced by a stand-in, and used itself where it is installed.
 """
 
 import json
@@ -24,7 +24,7 @@ PAGES = [{"text": "A page.\n", "id": "x"}, {"text": "Another – page."}]
 
 # A stand-in for tiktoken: of its 50256 tokens the first 256 are the bytes, the next is "he", and the others join two or
 # three bytes that are not ASCII.
-STUB = """
+STAND_IN = """
 from itertools import islice, product
 
 HIGH = range(128, 256)
@@ -136,10 +136,10 @@ def test_shards_equal_those_of_the_tokenize_command(fixtures, tmp_path):
 
 
 def test_gpt2_shards_and_vocabulary_files(fixtures, tmp_path):
-    (tmp_path / "stub").mkdir()
-    (tmp_path / "stub" / "tiktoken.py").write_text(STUB)
+    (tmp_path / "stand-in").mkdir()
+    (tmp_path / "stand-in" / "tiktoken.py").write_text(STAND_IN)
     source, expected = fixtures["tinystories.py"]
-    result = run("tinystories.py", "--input", source, "--output", tmp_path / "out", path=tmp_path / "stub")
+    result = run("tinystories.py", "--input", source, "--output", tmp_path / "out", path=tmp_path / "stand-in")
     assert result.returncode == 0, result.stderr
     assert documents(tmp_path / "out", end_of_text=50256)[0] == [*b"One day.\nT", 256, *b" end."]
     vocab = json.loads((tmp_path / "out" / "vocab.json").read_text(encoding="utf-8"))
@@ -164,12 +164,12 @@ def test_merges_are_recovered_from_the_tokens(tmp_path):
 def test_failures_are_sentences(fixtures, tmp_path):
     source, _ = fixtures["tinyshakespeare.py"]
     out = ["--output", tmp_path / "out"]
-    (tmp_path / "stub").mkdir()
-    (tmp_path / "stub" / "tiktoken.py").write_text("raise ImportError")
+    (tmp_path / "stand-in").mkdir()
+    (tmp_path / "stand-in" / "tiktoken.py").write_text("raise ImportError")
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"body": 1}\n')
     cases = [
-        (run("tinyshakespeare.py", "--input", source, *out, path=tmp_path / "stub"), "pip install tiktoken"),
+        (run("tinyshakespeare.py", "--input", source, *out, path=tmp_path / "stand-in"), "pip install tiktoken"),
         (run("tinyshakespeare.py", "--input", tmp_path / "none.txt", "--encoder", "bytes", *out), "no file"),
         (run("tinyshakespeare.py", "--input", tmp_path / "empty.txt", "--encoder", "bytes", *out), "no text"),
         (run("fineweb.py", "--input", tmp_path / "bad.jsonl", "--encoder", "bytes", *out), "bad.jsonl, line 2"),
