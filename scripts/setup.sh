@@ -107,9 +107,9 @@ environment() {  # directory, what tells that it is complete, reason, option of 
     fi
 }
 if [ "$set_name" != building ]; then
-    environment build/venv "transformers-4.38.2.dist-info" \
-        "transformers 4.38.2, which works with Debian's PyTorch, loads our checkpoints" \
-        --system-site-packages transformers==4.38.2
+    environment build/venv "pyarrow-15.0.2.dist-info" \
+        "transformers 4.38.2, which works with Debian's PyTorch, loads our checkpoints; pyarrow writes Parquet" \
+        --system-site-packages transformers==4.38.2 pyarrow==15.0.2
 fi
 if [ "$set_name" = benchmarks ]; then
     environment build/venv-torch "torch-*.dist-info" "the current PyTorch, to compare the speed with (some GB)" \

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <thread>
 
+#include "dev/tests/thread_ranks.h"
 #define TESTING
 #include "train_gpt.cu"
 
@@ -66,26 +67,6 @@ struct LayoutCase {
         return batch;
     }
 };
-
-// Runs `body` on every rank, a thread each, and throws what the first to fail has thrown.
-inline void on_thread_ranks(int ranks, const std::function<void(Transport&)>& body) {
-    ThreadTeam team(ranks);
-    std::vector<std::exception_ptr> errors(static_cast<size_t>(ranks));
-    std::vector<std::thread> threads;
-    for (int rank = 0; rank < ranks; ++rank)
-        threads.emplace_back([&, rank] {
-            omp_set_num_threads(1);
-            ThreadTransport transport(team, rank, ranks);
-            try {
-                body(transport);
-            } catch (...) {
-                errors[size_t(rank)] = std::current_exception();
-                team.fail(rank);
-            }
-        });
-    for (std::thread& thread : threads) thread.join();
-    if (team.failed_rank() >= 0) std::rethrow_exception(errors[size_t(team.failed_rank())]);
-}
 
 // What training leaves. Tensors are by Parameter.index, from the ranks that have the originals.
 struct LayoutRun {

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from program import TRAIN_GPT, run
+
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN_GPT = ROOT / "train_gpt"
 MODEL = ("--model custom --layers 4 --channels 32 --heads 2 --context 32 --tokenizer bytes --packing contiguous "
          "--batch-tokens 256 --threads 1 --lr 3e-3").split()
 LAYOUTS = {"one": [], "1f1b": ["--ranks", 4, "--schedule", "1f1b"], "interleaved": ["--ranks", 2, "--schedule", "interleaved"],
@@ -26,21 +27,8 @@ needs_mpi = pytest.mark.skipif(not shutil.which("mpirun") or b"MPI_Init" not in 
                                reason="train_gpt was built without MPI, or there is no mpirun (openmpi-bin)")
 
 
-def run(*arguments, check=0, program=TRAIN_GPT, **options):
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options)
-    assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr}"
-    return done
-
-
 def run_mpi(ranks, *arguments, **options):
     return run(ranks, *arguments, program=ROOT / "scripts/run_mpi.sh", **options)
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokens")
-    run("tokenize", ROOT / "llmc", "--output", directory, "--holdout-every", 5)
-    return directory
 
 
 def train_flags(data, run_dir, *more):

@@ -10,22 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from program import TRAIN_GPT, run
+
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN_GPT = ROOT / "train_gpt"
 MODEL = "--model tiny --layers 2 --channels 32 --heads 2 --context 64 --threads 1".split()
-
-
-def run(*arguments, check=0, **options):
-    done = subprocess.run([TRAIN_GPT, *map(str, arguments)], capture_output=True, text=True, errors="replace", timeout=600, **options)
-    assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr}"
-    return done
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokens")
-    run("tokenize", ROOT / "llmc", "--output", directory, "--holdout-every", 5)
-    return directory
 
 
 def train_flags(data, run_dir, *more):

@@ -7,33 +7,14 @@
 #include <exception>
 
 #include "llmc/parallel/thread_transport.h"
+#include "dev/tests/thread_ranks.h"
 #include "llmc/parallel/watchdog.h"
-
-// Runs body(transport) on every rank; a rank that throws fails the team. What the first to fail has thrown comes out.
-template <class Body>
-static void run_ranks(int ranks, const Body& body) {
-    ThreadTeam team(ranks);
-    std::vector<std::exception_ptr> errors(static_cast<size_t>(ranks));
-    std::vector<std::thread> threads;
-    for (int rank = 0; rank < ranks; ++rank)
-        threads.emplace_back([&, rank] {
-            try {
-                ThreadTransport transport(team, rank, ranks);
-                body(transport);
-            } catch (...) {
-                errors[size_t(rank)] = std::current_exception();
-                team.fail(rank);
-            }
-        });
-    for (std::thread& thread : threads) thread.join();
-    if (team.failed_rank() >= 0) std::rethrow_exception(errors[size_t(team.failed_rank())]);
-}
 
 // All pairs exchange several messages, receives posted before the sends or after; the n-th meets the n-th.
 TEST(Transport, MessagesArriveInOrder) {
     const std::vector<int64_t> sizes = {0, 1, 4096, 70001, 5};
     for (const int ranks : {2, 3, 5})
-        run_ranks(ranks, [&](Transport& transport) {
+        on_thread_ranks(ranks, [&](Transport& transport) {
             const int rank = transport.rank;
             auto value = [](int from, int to, size_t n, int round) {
                 return char(from * 31 + to * 7 + int(n) * 3 + round);
@@ -65,7 +46,7 @@ TEST(Transport, MessagesArriveInOrder) {
 }
 
 TEST(Transport, OneMayRunAheadOfTheOther) {
-    run_ranks(2, [&](Transport& transport) {
+    on_thread_ranks(2, [&](Transport& transport) {
         std::vector<int> values(1000, -1);
         const bool send = transport.rank == 0;
         for (int i = 0; i < 1000; ++i) {
@@ -80,19 +61,19 @@ TEST(Transport, OneMayRunAheadOfTheOther) {
 
 TEST(Transport, SizesThatDifferAreRefused) {
     for (const int64_t sent : {50, 150})
-        EXPECT_THROW(run_ranks(2,
-                               [&](Transport& transport) {
-                                   std::vector<char> buffer(200);
-                                   const bool send = transport.rank == 0;
-                                   const Transfer t{send, 1 - transport.rank, buffer.data(), send ? sent : 100};
-                                   transport.post({&t, 1});
-                                   transport.wait(0, 1);
-                               }),
+        EXPECT_THROW(on_thread_ranks(2,
+                                     [&](Transport& transport) {
+                                         std::vector<char> buffer(200);
+                                         const bool send = transport.rank == 0;
+                                         const Transfer t{send, 1 - transport.rank, buffer.data(), send ? sent : 100};
+                                         transport.post({&t, 1});
+                                         transport.wait(0, 1);
+                                     }),
                      std::logic_error);
 }
 
 TEST(Transport, GathersAndSums) {
-    run_ranks(4, [](Transport& transport) {
+    on_thread_ranks(4, [](Transport& transport) {
         for (int round = 0; round < 200; ++round) {
             const std::vector<std::string> texts =
                 transport.all_gather(std::string(size_t(transport.rank * round), 'a') + std::to_string(round));
@@ -110,7 +91,7 @@ TEST(Transport, GathersAndSums) {
 
 TEST(Transport, TogetherFailsEverywhereWithAllMessages) {
     std::atomic<int> failures = 0;
-    EXPECT_ANY_THROW(run_ranks(3, [&](Transport& transport) {
+    EXPECT_ANY_THROW(on_thread_ranks(3, [&](Transport& transport) {
         transport.together([] {});
         try {
             transport.together([&] {
@@ -127,7 +108,7 @@ TEST(Transport, TogetherFailsEverywhereWithAllMessages) {
     }));
     EXPECT_EQ(failures, 3);
     try {
-        run_ranks(3, [&](Transport& t) { t.together([] { throw Failure(EXIT_CONFIG, "the same"); }); });
+        on_thread_ranks(3, [&](Transport& t) { t.together([] { throw Failure(EXIT_CONFIG, "the same"); }); });
         FAIL();
     } catch (const Failure& failure) { EXPECT_STREQ(failure.what(), "the same"); }
 }
@@ -136,7 +117,7 @@ TEST(Transport, AFailureWakesThoseThatWait) {
     for (const bool gather : {false, true}) {
         std::atomic<int> woken = 0;
         try {
-            run_ranks(3, [&](Transport& transport) {
+            on_thread_ranks(3, [&](Transport& transport) {
                 if (transport.rank == 1) throw Failure(EXIT_NONFINITE, "rank 1 throws");
                 try {
                     char byte;
@@ -178,8 +159,10 @@ TEST(Progress, Text) {
     EXPECT_EQ(progress.text(), "waits for the send of Y layer 3 chunk 5 to rank 1");
     progress.busy_with("optimizer");
     EXPECT_EQ(progress.text(), "optimizer");
-    progress.meeting_all("validation");
-    EXPECT_EQ(progress.text(), "waits for all ranks: validation");
+    const auto before = progress.meet();
+    EXPECT_EQ(progress.text(), "waits for all ranks: optimizer");
+    progress.resume(before);
+    EXPECT_EQ(progress.text(), "optimizer");
 }
 
 TEST(Progress, LimitFollowsFromTheSlowestOfItsKind) {

@@ -43,7 +43,6 @@ public:
     void waiting(const Op& transfer) { begin({.activity = Activity::waiting, .op = transfer}); }
     // `what` is a literal: "optimizer", "saving a checkpoint".
     void busy_with(const char* what) { begin({.activity = Activity::busy, .what = what}); }
-    void meeting_all(const char* what) { begin({.activity = Activity::meeting, .what = what}); }
     void nothing() { begin({}); }
 
     // From here to resume() it waits for all ranks, at whatever it was doing.
