@@ -62,7 +62,7 @@ bench:  ## set up (a current PyTorch, too) and build the benchmarks into build/b
 	@scripts/setup.sh --bench
 	@$(MAKE) --no-print-directory train_gpt $(BENCHMARKS)
 
-tests: $(UNIT_TESTS) $(FUZZ_TESTS) $(if $(MPI_FLAGS),build/tests/mpi_check)
+tests: $(UNIT_TESTS) $(FUZZ_TESTS) $(if $(MPI_FLAGS),build/tests/mpi_check build/tests/mpi_layouts)
 
 train_gpt test_gpt: %: $(BUILD)/% FORCE
 	@ln -sfn $< $@
@@ -77,10 +77,13 @@ $(BUILD)/%: %.cu $(BUILD)/flags
 build/tests/fuzz_%: dev/tests/fuzz_%.cpp
 	$(COMPILE) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DPRECISION_FP32 $< -o $@
 
+build/tests/%_tsan_test: dev/tests/%_tsan_test.cpp
+	$(COMPILE) -O1 -g -fsanitize=thread -DPRECISION_FP32 $< -o $@ -lgtest -lgtest_main -pthread
+
 build/tests/%_fp64_test: dev/tests/%_fp64_test.cpp
 	$(COMPILE) -O2 -DPRECISION_FP64 $< -o $@ -lgtest -lgtest_main -pthread
 
-build/tests/mpi_check: dev/tests/mpi_check.cpp
+build/tests/mpi_%: dev/tests/mpi_%.cpp
 	$(COMPILE) -O2 -DPRECISION_FP32 $< -o $@ $(MPI_FLAGS)
 
 build/tests/%: dev/tests/%.cpp

@@ -67,7 +67,6 @@ struct Case {
 
     explicit Case(const std::string& directory)
         : json(read_json_file(directory + "/case.json")), batch(batch_of(json)), rank(options_of(json), transport) {
-        omp_set_num_threads(rank.options.threads);
         read_parameters(rank, SafetensorsReader(directory + "/weights.safetensors"), "", rank.master);
         round_weights(rank);
     }

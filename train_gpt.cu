@@ -25,7 +25,7 @@
 #include "llmc/kernels/adamw.cuh"
 #include "llmc/kernels/peak.h"
 #include "llmc/parallel/compare_layouts.h"
-#include "llmc/parallel/options.h"
+#include "llmc/parallel/memory.h"
 #include "llmc/parallel/rank.h"
 #include "llmc/parallel/team.h"
 #include "llmc/pipeline/run.h"
@@ -235,10 +235,11 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
     Progress& progress = rank.transport.progress;
     struct Posted {
         int64_t batch, begin, end;  // numbers of the first transfer of the batch, and of the op's own
-        double seconds;             // when
+        int64_t bytes;
+        double seconds;  // when
     };
-    const auto record = [&](EventKind kind, const Op& op, double start, double end) {
-        if (rank.trace) rank.trace->record(kind, op, start - rank.trace_zero, end - rank.trace_zero);
+    const auto record = [&](EventKind kind, const Op& op, double start, double end, int64_t bytes = 0) {
+        if (rank.trace) rank.trace->record(kind, op, start - rank.trace_zero, end - rank.trace_zero, bytes);
     };
     std::vector<Posted> posted(plan.ops.size());  // [send or receive]
     std::vector<Transfer> transfers;
@@ -257,13 +258,17 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
                 append_transfers(transfers,
                                  {rank, plan, end, int64_t(step.chunks[size_t(plan.ops[end].chunk)].tokens.size())});
                 posted[end].end = int64_t(transfers.size());
+                for (int64_t n = posted[end].begin; n < posted[end].end; ++n)
+                    posted[end].bytes += transfers[size_t(n)].bytes;
             }
+            const double begin = seconds_now();
             const int64_t first = rank.transport.post(transfers);
             posted_end = first + int64_t(transfers.size());
             const double now = seconds_now();
+            rank.post_seconds += now - begin;
             for (; i < end; ++i) {
-                posted[i] = {first, first + posted[i].begin, first + posted[i].end, now};
-                if (plan.ops[i].kind == Kind::send) record(EventKind::send, plan.ops[i], now, now);
+                posted[i] = {first, first + posted[i].begin, first + posted[i].end, posted[i].bytes, begin};
+                if (plan.ops[i].kind == Kind::send) record(EventKind::send, plan.ops[i], begin, now, posted[i].bytes);
             }
             --i;
             continue;
@@ -278,7 +283,7 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
             rank.transport.wait(p.begin, p.end);
             const double end = seconds_now();
             record(EventKind::wait, message, begin, end);
-            record(EventKind::receive, message, p.seconds, end);
+            record(EventKind::receive, message, p.seconds, end, p.bytes);
         }
         progress.computing(op);
         const double begin = seconds_now();
@@ -455,13 +460,7 @@ std::string name_nonfinite(const Rank& rank) {
 // The training run
 
 std::string layout_text(const RankOptions& o) {
-    const Layout& layout = o.layout;
-    std::string text = std::to_string(layout.ranks) + " ranks, schedule " + layout.schedule;
-    if (layout.schedule == "interleaved")
-        text += ", " + std::to_string(o.schedule_input(1, true, false).virtual_stages) + " stages a rank";
-    if (layout.schedule == "helix")
-        text += ", folds " + std::to_string(layout.folds) + ", QKV move " + (layout.move_qkv ? "on" : "off");
-    return text;
+    return std::to_string(o.layout.ranks) + " ranks, schedule " + o.schedule_name();
 }
 
 LoaderOptions loader_options(const Config& c, const Tokenizer& tokenizer, uint64_t seed) {
@@ -471,67 +470,6 @@ LoaderOptions loader_options(const Config& c, const Tokenizer& tokenizer, uint64
             tokenizer.end_of_text(),
             seed,
             true};
-}
-
-// The plans of all ranks.
-std::vector<MemoryPlan> memory_plans(const Config& c) {
-    std::vector<int> ranks(static_cast<size_t>(c.parallel.ranks));
-    std::iota(ranks.begin(), ranks.end(), 0);
-    return plan_memory(rank_options(c, model_of(c), true), ranks);
-}
-
-// Refuses a run that does not fit, `besides` bytes of another kind included, and says what would. Called before
-// anything is allocated.
-void check_memory(const Config& c, const std::vector<MemoryPlan>& plans, const Launch& launch, int64_t besides) {
-    const int64_t available = c.compute.memory ? c.compute.memory : available_memory();
-    const int64_t wanted = host_bytes(plans, launch) + besides;
-    if (wanted <= available) return;
-    std::vector<MemoryPlan> fixed_parts;
-    for (const MemoryPlan& p : plans) fixed_parts.push_back({p.weights, p.master, p.gradients, p.moments});
-    const int64_t fixed = host_bytes(fixed_parts, launch);
-    const int64_t least_chunk = std::min<int64_t>(128, c.data.chunk_tokens);
-    std::string advice;  // the first of ever smaller layouts that fits
-    for (int64_t chunk = c.data.chunk_tokens; fixed < available && chunk >= least_chunk && advice.empty(); chunk /= 2)
-        for (const char* recompute : {"none", "without-attention", "full"}) {
-            Config smaller = c;
-            smaller.compute.recompute = recompute;
-            smaller.data.chunk_tokens = chunk;
-            smaller.compute.head_chunk = std::min<int64_t>(chunk, 128);
-            if (!advice.empty() || !config_violations(smaller).empty() ||
-                host_bytes(memory_plans(smaller), launch) > available)
-                continue;
-            advice = "--recompute " + std::string(recompute) + " --chunk-tokens " + std::to_string(chunk) +
-                     " --head-chunk " + std::to_string(smaller.compute.head_chunk) + " fits";
-        }
-    if (advice.empty() && fixed >= available)
-        advice = "weights, gradients and moments alone take " + bytes_text(fixed) + ": choose a smaller model";
-    if (advice.empty())
-        advice = "smaller chunks do not fit, either: choose a smaller model, a smaller batch or fewer --threads";
-    throw Failure(EXIT_MEMORY,
-                  "the plan takes " + bytes_text(wanted) + ", " + bytes_text(available) + " are available; " + advice);
-}
-
-// A row a kind, a column a rank; of more than 8 ranks only the largest.
-std::vector<TableRow> memory_table(const std::vector<MemoryPlan>& plans) {
-    std::vector<TableRow> rows;
-    const auto add = [&](const char* name, const auto& bytes_of_kind) {
-        std::string text;
-        int64_t largest = 0;
-        for (const MemoryPlan& plan : plans) {
-            const std::string bytes = bytes_text(bytes_of_kind(plan));
-            text += (text.empty() ? "" : std::string(12 - std::min<size_t>(11, bytes.size()), ' ')) + bytes;
-            largest = std::max(largest, bytes_of_kind(plan));
-        }
-        rows.push_back({name, plans.size() > 8 ? "at most " + bytes_text(largest) + " a rank" : text});
-    };
-    add("weights", [](const MemoryPlan& p) { return p.weights; });
-    add("master weights", [](const MemoryPlan& p) { return p.master; });
-    add("gradients", [](const MemoryPlan& p) { return p.gradients; });
-    add("moments", [](const MemoryPlan& p) { return p.moments; });
-    add("activations", [](const MemoryPlan& p) { return p.activations; });
-    add("workspace", [](const MemoryPlan& p) { return p.workspace + p.scratch; });
-    add("total", [](const MemoryPlan& p) { return p.total(); });
-    return rows;
 }
 
 // What the ranks of a process share. All of it is read, or may be used from several threads.
@@ -601,7 +539,6 @@ std::vector<std::string> changed_settings(const std::string& before, const std::
 std::string start_weights(Training& run) {
     const Config& c = run.job.config;
     Transport& transport = run.rank.transport;
-    const bool speaks = transport.rank == 0;
     std::string from = "seed " + std::to_string(c.training.seed);
     const auto found = c.run.resume ? find_latest_checkpoint(c.run.dir, transport) : std::nullopt;
     transport.together([&] {
@@ -613,7 +550,7 @@ std::string start_weights(Training& run) {
     });
     if (found) {
         const nlohmann::json& extra = run.state.extra;
-        std::vector<std::string> notes = run.state.notes;
+        std::vector<std::string>& notes = run.state.notes;
         for (const std::string& change : changed_settings(run.state.configuration, effective_toml(c)))
             notes.push_back("since the checkpoint, " + change);
         if (extra.at("data_tokens") != run.job.loader.stream_tokens())
@@ -621,8 +558,6 @@ std::string start_weights(Training& run) {
                 "since the checkpoint, the data have changed: " + std::to_string(run.job.loader.stream_tokens()) +
                 " tokens instead of " + extra.at("data_tokens").dump() + "; sample " +
                 std::to_string(run.state.sample_index) + " is another one");
-        for (const std::string& text : notes)
-            if (speaks) std::fprintf(stderr, "%s\n", text.c_str());
         run.updates = extra.at("updates");
         run.validation_pending = extra.at("validation_pending");
         run.last_record = record_from_json(extra.at("last_record"));
@@ -754,8 +689,8 @@ void print_start(const Training& run, const std::string& weights_from) {
                " samples an epoch";
     };
     std::vector<TableRow> rows = {
-        {"device", "CPU, " + std::to_string(c.compute.threads) + " threads" +
-                       (c.parallel.ranks > 1 ? " a rank, " : ", ") + isa_name(cpu_isa()) + ", " PRECISION_NAME +
+        {"device", "CPU, " + std::to_string(c.threads()) + " threads" + (c.parallel.ranks > 1 ? " a rank, " : ", ") +
+                       isa_name(cpu_isa()) + ", " PRECISION_NAME +
                        format(", measured matrix peak %.0f GFLOP/s", run.job.peak_gflops)},
         {"model", c.model.name + ": " + std::to_string(g.layers) + " layers, " + std::to_string(g.channels) +
                       " channels, " + std::to_string(g.heads) + " heads, context " + std::to_string(g.context) +
@@ -837,10 +772,11 @@ int verify_layout(Training& run) {
 // The part of `train` that every rank runs for itself.
 int train_rank(const Job& job, Transport& transport) {
     const Config& c = job.config;
-    omp_set_num_threads(int(c.compute.threads));
     transport.progress.busy_with("start-up");
     Training run{job, Rank(rank_options(c, model_of(c), true, transport.rank), transport), {}};
     const std::string from = start_weights(run);
+    if (transport.rank == 0)
+        for (const std::string& text : run.state.notes) std::fprintf(stderr, "%s\n", text.c_str());
     if (c.run.verify_layout) return verify_layout(run);
     transport.together([&] {
         if (transport.rank != 0) return;
@@ -867,16 +803,16 @@ int train_command(Config c, Team& team) {
     if (!c.run.init_from.empty()) take_sizes_of(c, c.run.init_from, team.processes());
     bool dry_run = false;
     team.processes().together([&] {
-        const std::vector<MemoryPlan> plans = memory_plans(c);
+        const std::vector<MemoryPlan> plans = memory_plans(rank_options(c, model_of(c), true));
         if (speaks) print_table("memory", memory_table(plans));
         if ((dry_run = c.run.dry_run)) return;
         int64_t besides = 0;
         if (c.run.verify_layout) {  // rank 0 has the whole model
             Config single = c;
             single.parallel.ranks = 1;
-            besides = memory_plans(single)[0].total();
+            besides = plan_memory(rank_options(single, model_of(c), true)).total();
         }
-        check_memory(c, plans, team.launch, besides);
+        check_memory(c, plans, besides, [&](int64_t available) { return fitting_layout(c, plans, available); });
         signals.emplace([&] { return team.status(); }, [&] { return team.peer_died(); }, speaks);
         const Tokenizer tokenizer(c.data.tokenizer);
         const auto open = [&](const std::string& files, uint64_t seed) {
@@ -889,7 +825,7 @@ int train_command(Config c, Team& team) {
             create_directories(c.run.dir);
             lock.emplace(c.run.dir);
         }
-        const int threads = int(c.compute.threads * team.local_ranks(int(c.parallel.ranks)));
+        const int threads = c.threads() * team.local_ranks(int(c.parallel.ranks));
         double peak = 0;  // measured by one process while the others wait
         if (speaks) peak = std::is_same_v<floatX, bf16> ? measure_bf16_peak(threads) : measure_fp32_peak(threads);
         peak *= double(c.parallel.ranks) / team.local_ranks(int(c.parallel.ranks));
@@ -925,7 +861,7 @@ int main(int argc, char** argv) {
         cpu_isa();  // refuses an impossible HELIXTRAIN_ISA
         Team team(launch);
         const Config config = parse_config(argc, argv, team.launch);
-        omp_set_num_threads(int(config.compute.threads));
+        omp_set_num_threads(config.threads());
         const std::string& command = config.command;
         if (launch.ranks > 1 && command != "train" && command != "eval" && command != "generate")
             throw Failure(EXIT_CONFIG, "`" + command + "` is the work of one process, " + launch.source +

@@ -7,7 +7,7 @@
 #include "common.h"
 
 struct Device {
-    int threads = 1;               // OpenMP threads of this rank; each rank calls omp_set_num_threads once
+    int threads = 1;               // OpenMP threads of this rank
     std::byte* scratch = nullptr;  // 64-byte aligned, contents undefined between kernels
     size_t scratch_bytes = 0;      // at least the kernels' *_scratch_bytes for the shapes they get
 

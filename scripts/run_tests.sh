@@ -33,9 +33,11 @@ suite() {  # name, command...
     skipped=$((skipped + ${skip:-0}))
 }
 
+# ThreadSanitizer cannot place its memory where addresses are randomised with many bits.
+fixed_addresses=$(setarch -R true 2>/dev/null && echo setarch -R)
 for program in build/tests/*_test build/tests/fuzz_*; do
     source=dev/tests/$(basename "$program").cpp
-    [ -x "$program" ] && [ -f "$source" ] && suite "$(basename "$program")" "$program"
+    [ -x "$program" ] && [ -f "$source" ] && suite "$(basename "$program")" $fixed_addresses "$program"
 done
 for script in dev/tests/test_*.py; do
     [ -f "$script" ] && suite "$(basename "$script" .py)" build/venv/bin/python -m pytest -q -rs -p no:cacheprovider "$script"

@@ -1,7 +1,8 @@
 // What a pipeline costs: two ranks of one thread against one rank of two threads, whole training steps with clipping
 // and AdamW, in turns. Beside the ratio of tokens a second stands its cap, 1 - the simulated bubble, and the bubble as
 // measured and as simulated. The durations that are simulated are medians of a single rank with one thread that runs
-// the same ops, never the pipeline's own. `loop` is what is neither computing nor waiting, of the ops' time.
+// the same ops, never the pipeline's own. `copy` is the posting of messages, where thread ranks copy them, and `loop`
+// what is neither computing nor copying nor waiting, both of the ops' time.
 //
 //   build/bench/pipeline_overhead [--json] [--rounds 5] [--steps 3] [--recompute none|without-attention|full]
 //                                 [--case "bytes 16x512"] [--schedule "helix F=2"]
@@ -21,8 +22,8 @@ struct Pipeline {
 };
 
 struct Measured {
-    std::vector<double> step_seconds;  // whole steps
-    std::vector<double> bubble, loop;  // of the ops of each step: parts of one
+    std::vector<double> step_seconds;        // whole steps
+    std::vector<double> bubble, copy, loop;  // of the ops of each step: parts of one
 };
 
 double median(std::vector<double> values) {
@@ -59,7 +60,6 @@ RankOptions options_for(const Workload& work, Recompute recompute, const Pipelin
 }
 
 void initialize(Rank& rank) {
-    omp_set_num_threads(rank.options.threads);
     initialize_parameters(rank.master, rank.parameters, rank.options.model, 1);
     round_weights(rank);
 }
@@ -77,7 +77,7 @@ Measured run_steps(const Workload& work, Recompute recompute, const Pipeline& pi
         for (int n = 0; n <= steps; ++n) {
             transport.all_gather("");
             rank.trace.emplace(plan.ops.size() * 2);
-            const double start = seconds_now(), busy_before = rank.busy_seconds;
+            const double start = seconds_now(), busy_before = rank.busy_seconds, post_before = rank.post_seconds;
             fill_zero(rank.device, rank.gradients, flat_size(rank.parameters));
             const double ops_start = seconds_now();
             double loss = run_ops(rank, plan, step, floatS(1.0 / double(step.targets)));
@@ -92,14 +92,15 @@ Measured run_steps(const Workload& work, Recompute recompute, const Pipeline& pi
             double waited = 0;
             for (const TraceEvent& event : rank.trace->events())
                 if (event.kind == EventKind::wait) waited += 1e-3 * (event.end - event.start);
-            const double busy = rank.busy_seconds - busy_before;
-            double totals[] = {busy, ops_end - ops_start - busy - waited};
+            const double busy = rank.busy_seconds - busy_before, copied = rank.post_seconds - post_before;
+            double totals[] = {busy, copied, ops_end - ops_start - busy - copied - waited};
             transport.sum(totals);
             if (rank.index != 0 || n == 0) continue;
             const double all = ranks * (ops_end - ops_start);
             measured.step_seconds.push_back(end - start);
             measured.bubble.push_back(1 - totals[0] / all);
-            measured.loop.push_back(totals[1] / all);
+            measured.copy.push_back(totals[1] / all);
+            measured.loop.push_back(totals[2] / all);
         }
         return 0;
     });
@@ -178,8 +179,8 @@ int main(int argc, char** argv) {
         {"gpipe", "gpipe"}, {"1f1b", "1f1b"},          {"interleaved", "interleaved"}, {"zb-h1", "zb-h1"},
         {"zb-h2", "zb-h2"}, {"helix F=1", "helix", 1}, {"helix F=2", "helix", 2}};
     if (!json)
-        std::printf("%-28s %9s %9s %6s %6s %7s   %9s %9s %6s\n", "case", "2 ranks", "1 rank", "ratio", "cap", "of cap",
-                    "bubble", "simulated", "loop");
+        std::printf("%-28s %9s %9s %6s %6s %7s   %9s %9s %6s %6s\n", "case", "2 ranks", "1 rank", "ratio", "cap",
+                    "of cap", "bubble", "simulated", "copy", "loop");
     for (const Workload& work : workloads)
         for (const Pipeline& pipeline : pipelines) {
             if (!only_case.empty() && only_case != work.name) continue;
@@ -188,6 +189,7 @@ int main(int argc, char** argv) {
             const auto append = [](Measured& to, const Measured& from) {
                 to.step_seconds.insert(to.step_seconds.end(), from.step_seconds.begin(), from.step_seconds.end());
                 to.bubble.insert(to.bubble.end(), from.bubble.begin(), from.bubble.end());
+                to.copy.insert(to.copy.end(), from.copy.begin(), from.copy.end());
                 to.loop.insert(to.loop.end(), from.loop.begin(), from.loop.end());
             };
             for (int round = 0; round < rounds; ++round) {
@@ -202,13 +204,15 @@ int main(int argc, char** argv) {
                 std::printf(
                     "{\"case\": \"%s\", \"metric\": \"tokens_per_second\", \"ours\": %.1f, \"reference\": %.1f, "
                     "\"reference_name\": \"one rank, two threads\", \"ratio\": %.4f, \"bound\": %.1f, "
-                    "\"percent_of_bound\": %.1f, \"bubble\": %.4f, \"simulated_bubble\": %.4f, \"loop\": %.5f}\n",
+                    "\"percent_of_bound\": %.1f, \"bubble\": %.4f, \"simulated_bubble\": %.4f, \"copy\": %.5f, "
+                    "\"loop\": %.5f}\n",
                     name.c_str(), ours, reference, ours / reference, cap * reference, 100 * ours / (cap * reference),
-                    median(pair.bubble), simulated, median(pair.loop));
+                    median(pair.bubble), simulated, median(pair.copy), median(pair.loop));
             else
-                std::printf("%-28s %9.0f %9.0f %6.3f %6.3f %6.1f%%   %8.1f%% %8.1f%% %5.2f%%\n", name.c_str(), ours,
-                            reference, ours / reference, cap, 100 * ours / (cap * reference), 100 * median(pair.bubble),
-                            100 * simulated, 100 * median(pair.loop));
+                std::printf("%-28s %9.0f %9.0f %6.3f %6.3f %6.1f%%   %8.1f%% %8.1f%% %5.2f%% %5.2f%%\n", name.c_str(),
+                            ours, reference, ours / reference, cap, 100 * ours / (cap * reference),
+                            100 * median(pair.bubble), 100 * simulated, 100 * median(pair.copy),
+                            100 * median(pair.loop));
             std::fflush(stdout);
         }
     return 0;

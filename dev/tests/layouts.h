@@ -1,11 +1,11 @@
-// Trains a tiny model on thread ranks of this process, one OpenMP thread each, and gathers what came out, tensor by
-// tensor: for layouts_test.cpp, which compares layouts with a single rank and with each other.
+// Trains a tiny model on ranks with one OpenMP thread each and gathers what came out, tensor by tensor: for tests that
+// compare layouts with a single rank and with each other.
 #pragma once
 
 #include <cstring>
-#include <mutex>
-#include <thread>
+#include <random>
 
+#include "dev/tests/covering_array.h"
 #include "dev/tests/thread_ranks.h"
 #define TESTING
 #include "train_gpt.cu"
@@ -90,49 +90,58 @@ inline void set_weights(Rank& rank) {
 using Disturb = std::function<void(Rank& rank, const OpTensors& tensors)>;
 
 // So many steps on one batch, each clipped to a norm of 1e-3, hundreds of times smaller than it is; AdamW's epsilon
-// then keeps gradients that are zero but for rounding from making steps as long as all others.
-inline LayoutRun run_layout(const LayoutCase& layout, int steps, const Disturb& disturb = {}) {
+// then keeps gradients that are zero but for rounding from making steps as long as all others. Called by every rank of
+// the layout, and every rank gets what all have.
+inline LayoutRun run_rank(const LayoutCase& layout, Transport& transport, int steps, const Disturb& disturb = {}) {
     const Step step = prepare_step(layout.batch(), layout.chunk_tokens, layout.model());
     const std::vector<Parameter> table = parameter_table(layout.model());
     LayoutRun run;
-    run.gradients.resize(table.size());
-    run.weights.resize(table.size());
-    std::mutex mutex;
-    const auto gather = [&](const Rank& rank, const floatS* flat, std::vector<std::vector<floatS>>& tensors) {
-        const std::lock_guard lock(mutex);
-        for (const Parameter& p : rank.parameters) {
-            const std::vector<floatS> values(flat + p.offset, flat + p.offset + p.size());
-            std::vector<floatS>& known = tensors[size_t(p.index)];
-            if (known.empty()) known = values;
-            else if (!p.copy && p.index > 0) run.problems.push_back(p.name + " is on two ranks");
-            else if (std::memcmp(known.data(), values.data(), values.size() * sizeof(floatS)) != 0)
-                run.problems.push_back("copies of " + p.name + " differ");
-        }
-    };
-    on_thread_ranks(layout.ranks, [&](Transport& transport) {
-        Rank rank(layout.options(transport.rank, int(step.chunks.size())), transport);
-        set_weights(rank);
-        Observer observer;
-        const Plan& plan = rank.plan_for(step.group_sizes, true);
-        if (disturb)
-            observer.after_op = [&](size_t i) {
-                const int64_t N = int64_t(step.chunks[size_t(plan.ops[i].chunk)].tokens.size());
-                disturb(rank, {rank, plan, i, N});
-            };
-        for (int n = 1; n <= steps; ++n) {
-            const double loss = compute_gradients(rank, step, &observer);
-            const double norm = gradient_norm(rank);
-            if (transport.rank == 0) run.losses.push_back(loss);
-            if (n == 1) {
-                if (transport.rank == 0) run.norm = norm;
-                gather(rank, rank.gradients, run.gradients);
+    Rank rank(layout.options(transport.rank, int(step.chunks.size())), transport);
+    const auto gather = [&](const floatS* flat) {
+        std::vector<std::vector<floatS>> tensors(table.size());
+        std::string own(reinterpret_cast<const char*>(flat), size_t(flat_size(rank.parameters)) * sizeof(floatS));
+        const std::vector<std::string> all = transport.all_gather(own);
+        for (int r = 0; r < transport.ranks; ++r)
+            for (const Parameter& p : layout.options(r, int(step.chunks.size())).parameters()) {
+                std::vector<floatS> values(static_cast<size_t>(p.size()));
+                std::memcpy(values.data(), all[size_t(r)].data() + size_t(p.offset) * sizeof(floatS),
+                            values.size() * sizeof(floatS));
+                std::vector<floatS>& known = tensors[size_t(p.index)];
+                if (known.empty()) known = std::move(values);
+                else if (!p.copy && p.index > 0) run.problems.push_back(p.name + " is on two ranks");
+                else if (std::memcmp(known.data(), values.data(), values.size() * sizeof(floatS)) != 0)
+                    run.problems.push_back("copies of " + p.name + " differ");
             }
-            update_parameters(rank, {.lr = 1e-3, .step = n, .gradient_scale = 1e-3 / norm});
-        }
-        gather(rank, rank.master, run.weights);
+        for (const Parameter& p : table)
+            if (tensors[size_t(p.index)].empty()) run.problems.push_back("no rank has " + p.name);
+        return tensors;
+    };
+    set_weights(rank);
+    Observer observer;
+    const Plan& plan = rank.plan_for(step.group_sizes, true);
+    if (disturb)
+        observer.after_op = [&](size_t i) {
+            const int64_t N = int64_t(step.chunks[size_t(plan.ops[i].chunk)].tokens.size());
+            disturb(rank, {rank, plan, i, N});
+        };
+    for (int n = 1; n <= steps; ++n) {
+        run.losses.push_back(compute_gradients(rank, step, &observer));
+        const double norm = gradient_norm(rank);
+        if (n == 1) run.norm = norm, run.gradients = gather(rank.gradients);
+        update_parameters(rank, {.lr = 1e-3, .step = n, .gradient_scale = 1e-3 / norm});
+    }
+    run.weights = gather(rank.master);
+    return run;
+}
+
+// The same on thread ranks of this process.
+template <class RankTransport = ThreadTransport>
+LayoutRun run_layout(const LayoutCase& layout, int steps, const Disturb& disturb = {}) {
+    LayoutRun run;
+    on_thread_ranks<RankTransport>(layout.ranks, [&](Transport& transport) {
+        LayoutRun own = run_rank(layout, transport, steps, disturb);
+        if (transport.rank == 0) run = std::move(own);
     });
-    for (const Parameter& p : table)
-        if (run.weights[size_t(p.index)].empty()) run.problems.push_back("no rank has " + p.name);
     return run;
 }
 
@@ -201,4 +210,48 @@ inline bool same_bits(const LayoutRun& a, const LayoutRun& b) {
     };
     return same(a.losses, b.losses) && std::memcmp(&a.norm, &b.norm, sizeof a.norm) == 0 &&
            all_same(a.gradients, b.gradients) && all_same(a.weights, b.weights);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layouts over all axes.
+
+// Axes that depend on others: 0 a multiple, 1 not, 2 fewer than ranks.
+inline int layers_of(int kind, int p) { return kind == 0 ? (p < 8 ? 2 * p : p) : kind == 1 ? p + 1 : p - 1; }
+inline int chunks_of(int kind, int p, int F) {
+    return kind == 0 ? (p < 4 ? 2 : 1) * p * F : kind == 1 ? p * F + 1 : p - 1;
+}
+
+struct CoveringLayouts {
+    std::vector<int> sizes = {8, 4, 3, 3, 2, 3, 2, 2, 2, 2};
+    std::vector<std::vector<int>> rows;  // [layout][axis] value
+    std::vector<LayoutCase> threads, processes;
+
+    // Every pair of values of two axes is in some layout. Another seed gives others.
+    explicit CoveringLayouts(unsigned seed) : rows(covering_array(sizes, seed)) {
+        static const std::pair<const char*, int> schedule_folds[] = {{"gpipe", 1}, {"1f1b", 1},  {"interleaved", 1},
+                                                                     {"zb-h1", 1}, {"zb-h2", 1}, {"helix", 1},
+                                                                     {"helix", 2}, {"helix", 3}};
+        static constexpr int ranks[] = {2, 3, 4, 8};
+        for (const std::vector<int>& row : rows) {
+            const auto& [schedule, F] = schedule_folds[row[0]];
+            const int p = ranks[row[1]];
+            (row[9] == 0 ? threads : processes)
+                .push_back({.schedule = schedule,
+                            .folds = F,
+                            .ranks = p,
+                            .layers = layers_of(row[2], p),
+                            .chunks = chunks_of(row[3], p, F),
+                            .move_qkv = row[4] == 0,
+                            .recompute = Recompute(row[5]),
+                            .documents = row[6] == 1,
+                            .tied = row[7] == 1,
+                            .mlp_chunk = row[8] == 1 ? 5 : 0});
+        }
+    }
+};
+
+// HELIXTRAIN_SEED, or 1.
+inline unsigned seed_of_tests() {
+    const char* text = std::getenv("HELIXTRAIN_SEED");
+    return text ? unsigned(std::strtoul(text, nullptr, 10)) : 1;
 }

@@ -2,24 +2,14 @@
 // the weights of a single rank. HELIXTRAIN_SEED=n draws another covering array.
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <map>
-#include <random>
 
-#include "dev/tests/covering_array.h"
-#include "dev/tests/layouts.h"
 #include "dev/tests/checkpoint_test.h"
+#include "dev/tests/layouts.h"
 
 namespace {
 
 constexpr int steps = 5;
-
-unsigned seed() {
-    const char* text = std::getenv("HELIXTRAIN_SEED");
-    const unsigned value = text ? unsigned(std::strtoul(text, nullptr, 10)) : 1;
-    std::printf("  HELIXTRAIN_SEED=%u\n", value);
-    return value;
-}
 
 // The same model and batch on one rank, once for each.
 const LayoutRun& reference(const LayoutCase& layout) {
@@ -48,10 +38,6 @@ struct Summary {
     void print() const { std::printf("  %d layouts, at most: %s\n", cases, worst.text().c_str()); }
 };
 
-// Axes that depend on others: 0 a multiple, 1 not, 2 fewer than ranks.
-int layers_of(int kind, int p) { return kind == 0 ? (p < 8 ? 2 * p : p) : kind == 1 ? p + 1 : p - 1; }
-int chunks_of(int kind, int p, int F) { return kind == 0 ? (p < 4 ? 2 : 1) * p * F : kind == 1 ? p * F + 1 : p - 1; }
-
 // ---------------------------------------------------------------------------------------------------------------------
 
 TEST(Layouts, HelixAgreesWithOneRank) {
@@ -74,30 +60,14 @@ TEST(Layouts, HelixAgreesWithOneRank) {
     summary.print();
 }
 
+// Those with processes instead of threads are mpi_layouts.cpp's.
 TEST(Layouts, AllAxesAgreeWithOneRank) {
-    static const std::pair<const char*, int> schedule_folds[] = {{"gpipe", 1}, {"1f1b", 1},  {"interleaved", 1},
-                                                                 {"zb-h1", 1}, {"zb-h2", 1}, {"helix", 1},
-                                                                 {"helix", 2}, {"helix", 3}};
-    static constexpr int ranks[] = {2, 3, 4, 8};
-    const std::vector<int> sizes = {8, 4, 3, 3, 2, 3, 2, 2, 2};
-    const auto rows = covering_array(sizes, seed());
-    EXPECT_TRUE(missing_pairs(sizes, rows).empty());
-    EXPECT_FALSE(missing_pairs(sizes, {rows.begin() + 1, rows.end()}).empty());  // the check can fail
+    std::printf("  HELIXTRAIN_SEED=%u\n", seed_of_tests());
+    const CoveringLayouts layouts(seed_of_tests());
+    EXPECT_TRUE(missing_pairs(layouts.sizes, layouts.rows).empty());
+    EXPECT_FALSE(missing_pairs(layouts.sizes, {layouts.rows.begin() + 1, layouts.rows.end()}).empty());  // it can fail
     Summary summary;
-    for (const std::vector<int>& row : rows) {
-        const auto& [schedule, F] = schedule_folds[row[0]];
-        const int p = ranks[row[1]];
-        summary.expect_equal({.schedule = schedule,
-                              .folds = F,
-                              .ranks = p,
-                              .layers = layers_of(row[2], p),
-                              .chunks = chunks_of(row[3], p, F),
-                              .move_qkv = row[4] == 0,
-                              .recompute = Recompute(row[5]),
-                              .documents = row[6] == 1,
-                              .tied = row[7] == 1,
-                              .mlp_chunk = row[8] == 1 ? 5 : 0});
-    }
+    for (const LayoutCase& layout : layouts.threads) summary.expect_equal(layout);
     summary.print();
 }
 

@@ -57,6 +57,13 @@ def test_sizes_that_differ(mode, message):
     assert code == 70 and message in err and not causes(err), err
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_layouts_of_all_axes(ranks):
+    code, out, err = end(start(ranks, PROGRAM=str(ROOT / "build/tests/mpi_layouts")))
+    print(out)
+    assert code == 0 and re.search(r"^[1-9]\d* passed, 0 failed$", out, re.M), out + err
+
+
 def test_launchers_that_disagree():
     code, _, err = end(start(2, "exchange", RANK="0", WORLD_SIZE="3"))
     assert code == 2 and "Open MPI says rank 1 of 2" in err and "torchrun says rank 0 of 3" in err, err

@@ -8,13 +8,14 @@
 #include "llmc/parallel/thread_transport.h"
 
 // Runs `body` on every rank, a thread each, and throws what the first to fail has thrown.
-inline void on_thread_ranks(int ranks, const std::function<void(Transport&)>& body) {
+template <class RankTransport = ThreadTransport>
+void on_thread_ranks(int ranks, const std::function<void(Transport&)>& body) {
     ThreadTeam team(ranks);
     std::vector<std::exception_ptr> errors(static_cast<size_t>(ranks));
     std::vector<std::thread> threads;
     for (int rank = 0; rank < ranks; ++rank)
         threads.emplace_back([&, rank] {
-            ThreadTransport transport(team, rank, ranks);
+            RankTransport transport(team, rank, ranks);
             try {
                 body(transport);
             } catch (...) {

@@ -40,7 +40,6 @@ struct SingleRank {
     NoTransport transport;
     Rank rank;
     explicit SingleRank(const RankOptions& o) : rank(o, transport) {
-        omp_set_num_threads(o.threads);
         initialize_parameters(rank.master, rank.parameters, o.model, 5);
         round_weights(rank);
     }

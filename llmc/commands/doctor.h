@@ -55,7 +55,7 @@ inline constexpr bool built_with_mpi = false;
 #endif
 
 inline int doctor_command(const Config& c) {
-    const int threads = int(c.compute.threads);
+    const int threads = c.threads();
     const std::map<std::string, std::string> environment = current_environment();
     const double fp32 = measure_fp32_peak(threads), bf16_peak = measure_bf16_peak(threads),
                  bandwidth = measure_bandwidth(threads);

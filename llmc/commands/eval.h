@@ -11,21 +11,22 @@
 
 inline int eval_command(const Config& c, Team& team) {
     const ModelFile file(c, team.processes());
-    file.check_memory();
-    const Tokenizer tokenizer(file.tokenizer_name());
-    const int64_t context = file.model().context;
-    const LoaderOptions options{c.data.packing == "documents" ? Packing::documents : Packing::contiguous,
-                                context,
-                                file.model().vocab,
-                                tokenizer.end_of_text(),
-                                0,
-                                true};
-    const Loader loader(open_token_files(c.data.train), options);
+    std::optional<Loader> loader;
+    team.processes().together([&] {
+        check_memory(c, memory_plans(file.options(0)), 0,
+                     [](int64_t) { return std::string("try smaller --chunk-tokens or --head-chunk"); });
+        const LoaderOptions options{c.data.packing == "documents" ? Packing::documents : Packing::contiguous,
+                                    file.model().context,
+                                    file.model().vocab,
+                                    Tokenizer(file.tokenizer_name()).end_of_text(),
+                                    0,
+                                    true};
+        loader.emplace(open_token_files(c.data.train), options);
+    });
     return team.run(int(c.parallel.ranks), double(c.parallel.hang_timeout), [&](Transport& transport) {
-        omp_set_num_threads(int(c.compute.threads));
         Rank rank(file.options(transport.rank), transport);
         transport.together([&] { file.load(rank); });
-        const Evaluation result = evaluate(rank, loader, file.batch_tokens(), c.run.val_tokens);
+        const Evaluation result = evaluate(rank, *loader, file.batch_tokens(), c.run.val_tokens);
         if (transport.rank == 0)
             std::printf("checkpoint %s\ntargets %lld\nloss %.6f nats\nperplexity %.4f\n", file.directory().c_str(),
                         static_cast<long long>(result.targets), result.loss, std::exp(result.loss));

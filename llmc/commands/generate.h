@@ -13,24 +13,38 @@
 #include "llmc/kernels/random.h"
 #include "llmc/parallel/team.h"
 
+// Activations of at most `context` = T tokens, and the keys and values of all tokens before them.
+struct DecoderTensors {
+    Matrix<floatR> x, y;           // [T, C], input and output of a layer
+    Matrix<floatX> ln1, qkv, out;  // [T, C], [T, 3C], [T, C]
+    Matrix<floatS> lse;            // [T, NH]
+    NormStatistics norm;
+    std::vector<Matrix<floatX>> stores;  // [L] of [T, 2C], where the rank runs that attention
+
+    DecoderTensors(Allocator& a, const RankOptions& o)
+        : x(a.take<floatR>(o.model.context, o.model.channels)),
+          y(a.take<floatR>(o.model.context, o.model.channels)),
+          ln1(a.take<floatX>(o.model.context, o.model.channels)),
+          qkv(a.take<floatX>(o.model.context, 3 * o.model.channels)),
+          out(a.take<floatX>(o.model.context, o.model.channels)),
+          lse(a.take<floatS>(o.model.context, o.model.heads)),
+          norm(a, o.model.context),
+          stores(size_t(o.model.layers)) {
+        for (int l = 0; l < o.model.layers; ++l)
+            if (o.owner(Part::attention, l) == o.layout.rank)
+                stores[size_t(l)] = a.take<floatX>(o.model.context, 2 * o.model.channels);
+    }
+};
+
 class Decoder {
 public:
-    // `rank` has been planned for inference.
+    // `rank` has been planned for decoder_options().
     explicit Decoder(Rank& rank)
-        : rank_(rank), ctx_{rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, 1} {
-        const GptConfig& g = rank.options.model;
-        const auto place = [&](Allocator a) {
-            x_ = a.take<floatR>(g.context, g.channels), y_ = a.take<floatR>(g.context, g.channels);
-            ln1_ = a.take<floatX>(g.context, g.channels), qkv_ = a.take<floatX>(g.context, 3 * g.channels);
-            out_ = a.take<floatX>(g.context, g.channels), lse_ = a.take<floatS>(g.context, g.heads);
-            norm_ = NormStatistics(a, g.context);
-            stores_.resize(size_t(g.layers));
-            for (int l = 0; l < g.layers; ++l)
-                if (runs(Part::attention, l)) stores_[size_t(l)] = a.take<floatX>(g.context, 2 * g.channels);
-            return a.used;
-        };
-        memory_.resize(size_t(place({})) + 64);
-        place({memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64});
+        : rank_(rank),
+          ctx_{rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk},
+          memory_(size_t(bytes_of<DecoderTensors>(rank.options)) + 64) {
+        Allocator place{memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64};
+        t_.emplace(place, rank.options);
     }
 
     int64_t length() const { return length_; }
@@ -44,7 +58,8 @@ public:
         std::vector<int32_t> positions(tokens.size());
         std::iota(positions.begin(), positions.end(), int32_t(length_));
         const std::vector<SegmentRows> segments = {{0, N, length_, true}};
-        const Matrix<floatX> ln1 = ln1_.row_range(0, N), qkv = qkv_.row_range(0, N), out = out_.row_range(0, N);
+        const Matrix<floatX> ln1 = t_->ln1.row_range(0, N), qkv = t_->qkv.row_range(0, N),
+                             out = t_->out.row_range(0, N);
         const floatX* logits = nullptr;
 
         const Chain chain{int(g.layers), false};
@@ -53,20 +68,21 @@ public:
             if (n > 0) pass_on(chain.op(n - 1, 0), op, N);
             if (!runs(op.part, op.layer)) continue;
             const auto w = op.layer < 0 ? LayerTensors<floatX>{} : rank_.w.layers[size_t(op.layer)];
-            const Matrix<floatR> x = x_.row_range(0, N);
+            const Matrix<floatR> x = t_->x.row_range(0, N);
             switch (op.part) {
                 case Part::embed:
                     embed_forward(ctx_, rank_.w, x, tokens.data(), positions.data());
                     break;
                 case Part::pre:
-                    pre_attention_forward(ctx_, w, ln1, norm_, qkv, x);
+                    pre_attention_forward(ctx_, w, ln1, t_->norm, qkv, x);
                     break;
                 case Part::attention:
-                    attention_block_forward(ctx_, out, lse_.row_range(0, N), qkv, stores_[size_t(op.layer)], segments);
+                    attention_block_forward(ctx_, out, t_->lse.row_range(0, N), qkv, t_->stores[size_t(op.layer)],
+                                            segments);
                     break;
                 case Part::post:
-                    post_attention_forward(ctx_, w, y_.row_range(0, N), std::nullopt, x, out);
-                    std::swap(x_, y_);
+                    post_attention_forward(ctx_, w, t_->y.row_range(0, N), std::nullopt, x, out);
+                    std::swap(t_->x, t_->y);
                     break;
                 case Part::head: {
                     Allocator workspace = ctx_.workspace;
@@ -83,12 +99,8 @@ private:
     Rank& rank_;
     BlockContext ctx_;
     std::vector<std::byte> memory_;
-    Matrix<floatR> x_, y_;            // [T, C], input and output of a layer
-    Matrix<floatX> ln1_, qkv_, out_;  // [T, C], [T, 3C], [T, C]
-    Matrix<floatS> lse_;              // [T, NH]
-    NormStatistics norm_;
-    std::vector<Matrix<floatX>> stores_;  // [L] of [T, 2C], where the rank runs that attention
-    int64_t length_ = 0;                  // tokens in the stores
+    std::optional<DecoderTensors> t_;
+    int64_t length_ = 0;  // tokens in the stores
 
     bool runs(Part part, int layer) const { return rank_.options.owner(part, layer) == rank_.index; }
 
@@ -101,9 +113,9 @@ private:
         const auto add = [&]<class T>(Matrix<T> m) {
             transfers.push_back({send, send ? to : from, m.data, N * m.cols * int64_t(sizeof(T))});
         };
-        add(x_);
-        if (made.part == Part::pre) add(qkv_);
-        if (made.part == Part::attention) add(out_);
+        add(t_->x);
+        if (made.part == Part::pre) add(t_->qkv);
+        if (made.part == Part::attention) add(t_->out);
         rank_.transport.progress.waiting(
             {made.part, Pass::F, made.layer, 0, false, send ? Kind::send : Kind::receive, send ? to : from});
         rank_.transport.wait(0, rank_.transport.post(transfers) + int64_t(transfers.size()));
@@ -132,11 +144,16 @@ inline int32_t sample_token(const floatX* logits /*[V]*/, int64_t V, double temp
     return order[size_t(std::min<int64_t>(drawn, int64_t(order.size()) - 1))];
 }
 
+// One row of logits at a time.
+inline RankOptions decoder_options(const ModelFile& file, int rank) {
+    RankOptions options = file.options(rank);
+    options.head_chunk = 1;
+    return options;
+}
+
 // What one rank does. They all come to the same text; rank 0 prints it.
 inline void generate_on_rank(const Config& c, const ModelFile& file, const Tokenizer& tokenizer, Transport& transport) {
-    omp_set_num_threads(int(c.compute.threads));
-    RankOptions options = file.options(transport.rank);
-    options.head_chunk = 1;
+    const RankOptions options = decoder_options(file, transport.rank);
     Rank rank(options, transport);
     transport.together([&] { file.load(rank); });
 
@@ -177,10 +194,18 @@ inline void generate_on_rank(const Config& c, const ModelFile& file, const Token
 
 inline int generate_command(const Config& c, Team& team) {
     const ModelFile file(c, team.processes());
-    file.check_memory();
-    const Tokenizer tokenizer(file.tokenizer_name(), c.data.tokenizer_dir);
+    std::optional<Tokenizer> tokenizer;
+    team.processes().together([&] {
+        std::vector<MemoryPlan> plans = memory_plans(decoder_options(file, 0));
+        for (size_t r = 0; r < plans.size(); ++r)  // instead of an arena for whole chunks
+            plans[r].activations = bytes_of<DecoderTensors>(decoder_options(file, int(r)));
+        check_memory(c, plans, 0, [](int64_t) {
+            return std::string("end other programs, or spread the model over several machines with scripts/run_mpi.sh");
+        });
+        tokenizer.emplace(file.tokenizer_name(), c.data.tokenizer_dir);
+    });
     return team.run(int(c.parallel.ranks), double(c.parallel.hang_timeout), [&](Transport& transport) {
-        generate_on_rank(c, file, tokenizer, transport);
+        generate_on_rank(c, file, *tokenizer, transport);
         return 0;
     });
 }

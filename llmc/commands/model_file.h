@@ -4,13 +4,11 @@
 
 #include <cstdio>
 #include <filesystem>
-#include <numeric>
 #include <string>
 
 #include "llmc/io/checkpoint.h"
 #include "llmc/io/config.h"
-#include "llmc/io/log.h"
-#include "llmc/parallel/options.h"
+#include "llmc/parallel/memory.h"
 
 class ModelFile {
 public:
@@ -51,17 +49,6 @@ public:
         c.data.batch_tokens = batch_tokens();
         c.model.context = model_.context;
         return rank_options(c, model_, false, rank);
-    }
-
-    // Refuses what does not fit into memory.
-    void check_memory() const {
-        std::vector<int> ranks(static_cast<size_t>(config_.parallel.ranks));
-        std::iota(ranks.begin(), ranks.end(), 0);
-        const std::vector<MemoryPlan> plans = plan_memory(options(0), ranks);
-        const int64_t available = config_.compute.memory ? config_.compute.memory : available_memory();
-        if (const int64_t total = host_bytes(plans, config_.launch); total > available)
-            throw Failure(EXIT_MEMORY, "the model takes " + bytes_text(total) + ", " + bytes_text(available) +
-                                           " are available; try smaller --chunk-tokens or --head-chunk");
     }
 
     const GptConfig& model() const { return model_; }

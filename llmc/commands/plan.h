@@ -37,13 +37,6 @@ struct PlannedStep {
             bytes += tensor_bytes(use.tensor, chunks[size_t(op.chunk)], options.model, rules());
         return bytes;
     }
-    std::string name() const {
-        if (input.ranks == 1) return "accumulate";
-        const std::string& schedule = options.layout.schedule;
-        if (schedule == "helix") return "helix, folds " + std::to_string(input.folds);
-        if (schedule == "interleaved") return "interleaved, virtual stages " + std::to_string(input.virtual_stages);
-        return schedule;
-    }
 };
 
 // Rows of a name and values, the values in columns.
@@ -86,7 +79,7 @@ inline std::string step_tables(const PlannedStep& step, const Timeline& timeline
     }
     rows.push_back({"  gaps"});
     for (const Plan& plan : plans) rows.back().push_back(bytes_text(plan.size.bytes - plan.size.live_peak));
-    return table_text("plan", {{"schedule", step.name()},
+    return table_text("plan", {{"schedule", step.options.schedule_name()},
                                {"ranks", std::to_string(step.input.ranks)},
                                {"layers", std::to_string(step.input.layers)},
                                {"chunks", std::to_string(step.input.chunks) + " of " +
@@ -128,7 +121,7 @@ inline std::string memory_text(RankOptions options, int chunks) {
             std::string name;
             try {
                 const PlannedStep step(options, chunks);
-                name = step.name() + ", recompute " + modes[int(recompute)];
+                name = step.options.schedule_name() + ", recompute " + modes[int(recompute)];
                 for (int r = 0; r < p; ++r) {
                     const Plan plan = step.plan_of(r);
                     bytes.push_back(plan.size.bytes);
@@ -191,16 +184,16 @@ inline int plan_command(const Config& c, const RankOptions& options) {
     if (const std::vector<double> given = forward_times(c.plan.times); !given.empty()) {
         op_times.forward.assign(size_t(chunks), {given[0], given[1], given[2]});
     } else {
-        const int threads = int(c.compute.threads);
+        const int threads = c.threads();
         const double gflops = std::is_same_v<floatX, bf16> ? measure_bf16_peak(threads) : measure_fp32_peak(threads);
         op_times.forward = arithmetic_times(options.model, step.chunks, step.rules(), 1e6 * gflops);
         op_times.attention_backward = 2.5;  // five products for two: scores are computed again
         times = format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak)";
     }
     const Timeline timeline = simulate(step.lists, step.input, op_times, [](const Op&) { return 0.0; });
-    const Picture picture{
-        printed("%s, ranks %d, layers %d, chunks %d", step.name().c_str(), step.input.ranks, step.input.layers, chunks),
-        planned_events(step.lists, timeline, [&](const Op& op) { return step.message_bytes(op); })};
+    const Picture picture{printed("%s, ranks %d, layers %d, chunks %d", step.options.schedule_name().c_str(),
+                                  step.input.ranks, step.input.layers, chunks),
+                          planned_events(step.lists, timeline, [&](const Op& op) { return step.message_bytes(op); })};
     if (c.plan.draw == "-") {
         winsize size{};
         const bool terminal = ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 40;

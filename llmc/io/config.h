@@ -11,7 +11,6 @@
 #include <string>
 #include <vector>
 
-#include "llmc/io/machine.h"
 #include "llmc/io/relations.h"
 #include "llmc/io/toml.h"
 
@@ -20,7 +19,7 @@ struct HelpRequested {
     std::string text;
 };
 
-// Fills in what was left to the program: sizes and tokenizer from the preset, batch and chunk, threads. Sizes stay 0 as
+// Fills in what was left to the program: sizes and tokenizer from the preset, batch and chunk. Sizes stay 0 as
 // long as they are to come from --init-from or a checkpoint; whoever reads those sets them and calls complete_config().
 inline void fill_config(Config& c) {
     const auto fill = [](auto& value, const auto& otherwise) {
@@ -42,10 +41,7 @@ inline void fill_config(Config& c) {
     if (c.command == "tokenize") fill(c.data.tokenizer, "bytes");
     fill(c.data.batch_tokens, 8 * c.model.context);
     if (c.launch.ranks > 1 && !c.is_given("ranks")) c.parallel.ranks = c.launch.ranks;
-    // Ranks that share the cores this process may use. A launcher may have divided them already.
-    const int64_t local_ranks = c.launch.ranks == 1 ? c.parallel.ranks : bound_to_cores() ? 1 : c.launch.local_ranks;
     fill(c.data.chunk_tokens, c.parallel.ranks > 1 ? c.model.context : c.data.batch_tokens);
-    fill(c.compute.threads, std::max<int64_t>(1, usable_threads() / local_ranks));
 }
 
 [[noreturn]] inline void refuse_config(const std::vector<std::string>& violations) {

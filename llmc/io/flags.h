@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "llmc/common.h"
+#include "llmc/io/machine.h"
 #include "llmc/parallel/launch.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -86,6 +87,13 @@ struct Config {
     Launch launch;                // how the process was started
     std::set<std::string> given;  // names of the flags set by the user, not by default
     bool is_given(const std::string& flag) const { return given.count(flag) > 0; }
+
+    // OpenMP threads of each rank: those asked for, or its share of the cores that this process may use. A launcher may
+    // have divided these among the processes already.
+    int threads() const {
+        const int64_t sharers = launch.ranks == 1 ? parallel.ranks : bound_to_cores() ? 1 : launch.local_ranks;
+        return int(compute.threads ? compute.threads : std::max<int64_t>(1, usable_threads() / sharers));
+    }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +170,7 @@ inline const std::vector<Flag>& flag_table() {
         {"val-data", TRAIN, IN(data, val), "token files for the validation loss, none = no validation"},
         {"tokenizer", TRAIN | TOKENIZE | GENERATE | EVAL, IN(data, tokenizer),
          "of the text, none = the preset's or the checkpoint's", {.choices = "bytes|gpt2"}},
-        {"tokenizer-dir", TRAIN | TOKENIZE | GENERATE, IN(data, tokenizer_dir),
+        {"tokenizer-dir", TOKENIZE | GENERATE, IN(data, tokenizer_dir),
          "directory of the tokenizer's own files"},
         {"packing", TRAIN | EVAL | PLAN, IN(data, packing),
          "a sample is one window of the stream or one document", {.choices = "contiguous|documents"}},

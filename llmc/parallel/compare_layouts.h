@@ -8,8 +8,8 @@
 #include "llmc/parallel/rank.h"
 
 // How far tensors of this layout are from those of one rank, relative to the norm of the latter. The gradient of the
-// keys' bias is zero in exact arithmetic (it moves all scores of a query alike), so that only its rounding would be
-// compared, and AdamW blows that up: it is left out.
+// keys' bias is zero in exact arithmetic (it moves all scores of a query alike), so that it has to be small, and is
+// left out otherwise, since AdamW blows its rounding up.
 class LayoutComparison {
 public:
     // Differences that sums in another order can make.
@@ -18,7 +18,7 @@ public:
     static constexpr double tensor_bound = fp64 ? 1e-12 : bf16_products ? 2e-2 : 1e-5;
 
     struct Errors {
-        double gradient = 0, weight = 0;
+        double gradient = 0, weight = 0, keys_gradient = 0;
     };
 
     // `alone` is only on rank 0: it has the whole model.
@@ -32,7 +32,7 @@ public:
 
     // gradients or master weights: where a rank has them.
     void compare_tensors(floatS* Rank::*flat, double Errors::*worst) {
-        std::vector<double> squares(2 * whole_.size());  // of difference and of what is wanted, for each parameter
+        std::vector<double> squares(3 * whole_.size());  // of difference, what is wanted, keys' bias; per parameter
         std::vector<floatS> received;
         for (const Parameter& p : whole_) {
             const int owner = rank_.options.owner(p.part, p.layer);
@@ -48,17 +48,25 @@ public:
                                           [&](const Parameter& held) { return held.index == p.index; });
             const bool qkv_bias = p.name.ends_with("c_attn.bias");
             for (int64_t i = 0; i < p.size(); ++i) {
-                if (qkv_bias && i * 3 / p.cols == 1) continue;
-                const double want = wanted[i], difference = (rank_.*flat)[own->offset + i] - want;
-                squares[size_t(2 * p.index)] += difference * difference;
-                squares[size_t(2 * p.index + 1)] += want * want;
+                const double want = wanted[i], is = (rank_.*flat)[own->offset + i], difference = is - want;
+                double* const sums = &squares[size_t(3 * p.index)];
+                if (qkv_bias && i * 3 / p.cols == 1) {
+                    sums[2] += is * is;
+                } else {
+                    sums[0] += difference * difference;
+                    sums[1] += want * want;
+                }
             }
         }
         rank_.transport.sum(squares);
         for (size_t i = 0; i < whole_.size(); ++i) {
-            const double difference = std::sqrt(squares[2 * i]), norm = std::sqrt(squares[2 * i + 1]);
-            const double error = difference == 0 ? 0 : difference / norm;
-            errors_[i].*worst = std::isfinite(error) ? std::max(errors_[i].*worst, error) : INFINITY;
+            const double norm = std::sqrt(squares[3 * i + 1]);
+            const auto update = [&](double& error, double square) {
+                const double value = square == 0 ? 0 : std::sqrt(square) / norm;
+                error = std::isfinite(value) ? std::max(error, value) : INFINITY;
+            };
+            update(errors_[i].*worst, squares[3 * i]);
+            if (worst == &Errors::gradient) update(errors_[i].keys_gradient, squares[3 * i + 2]);
         }
     }
 
@@ -67,9 +75,12 @@ public:
         bool good = worst_loss_ <= loss_bound;
         std::vector<TableRow> rows = {{"loss", format("%.1e (at most %.0e)", worst_loss_, loss_bound)}};
         for (size_t i = 0; i < whole_.size(); ++i) {
-            good &= errors_[i].gradient <= tensor_bound && errors_[i].weight <= tensor_bound;
-            rows.push_back({whole_[i].name, format("gradient %.1e, weight %.1e (at most %.0e)", errors_[i].gradient,
-                                                   errors_[i].weight, tensor_bound)});
+            const Errors& e = errors_[i];
+            good &= e.gradient <= tensor_bound && e.weight <= tensor_bound && e.keys_gradient <= tensor_bound;
+            const bool qkv_bias = whole_[i].name.ends_with("c_attn.bias");
+            rows.push_back({whole_[i].name, format("gradient %.1e, ", e.gradient) +
+                                                (qkv_bias ? format("of keys %.1e, ", e.keys_gradient) : "") +
+                                                format("weight %.1e (at most %.0e)", e.weight, tensor_bound)});
         }
         if (rank_.index == 0) print_table("relative differences between " + layout + " and one rank", rows);
         return good;

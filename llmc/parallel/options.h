@@ -31,18 +31,8 @@ inline RankOptions rank_options(const Config& c, const GptConfig& model, bool tr
             c.data.chunk_tokens,
             c.compute.mlp_chunk,
             c.compute.head_chunk,
-            int(c.compute.threads),
+            c.threads(),
             training,
             {int(parallel.ranks), rank, parallel.schedule, int(parallel.folds), int(parallel.virtual_stages),
              parallel.qkv_move == "on", most, least}};
-}
-
-// Bytes on one machine: all thread ranks, or as many of the largest processes as it has.
-inline int64_t host_bytes(const std::vector<MemoryPlan>& plans, const Launch& launch) {
-    int64_t sum = 0, largest = 0;
-    for (const MemoryPlan& plan : plans) {
-        sum += plan.total();
-        largest = std::max(largest, plan.total());
-    }
-    return launch.ranks > 1 ? largest * launch.local_ranks : sum;
 }

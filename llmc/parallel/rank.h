@@ -44,6 +44,14 @@ struct RankOptions {
         const int v = layout.schedule != "interleaved" ? 1 : layout.virtual_stages ? layout.virtual_stages : most;
         return {layout.ranks, L, chunks, layout.folds, v, training, sliced};
     }
+    std::string schedule_name() const {
+        std::string name = layout.ranks == 1 ? "accumulate" : layout.schedule;
+        if (name == "interleaved")
+            name += ", virtual stages " + std::to_string(schedule_input(1, true, false).virtual_stages);
+        if (name == "helix")
+            name += ", folds " + std::to_string(layout.folds) + (layout.move_qkv ? "" : ", QKV move off");
+        return name;
+    }
     TensorRules tensor_rules(bool training) const {
         const bool apart = layout.ranks > 1 && layout.schedule == "helix";
         return {int(model.layers), training, recompute, apart, apart && layout.move_qkv};
@@ -92,18 +100,20 @@ inline Plan plan_pattern(const RankOptions& o, const std::vector<int>& group_siz
 
 // The patterns of chunks (group_sizes) that memory is planned for. One rank is done with a sequence before the next one
 // begins, so the longest counts. A pipeline has many chunks under way; the most chunks take the most memory but for the
-// gaps in an arena, so that all counts are tried, or, where these are many, some. Of sequences cut into slices the
-// longest are planned for; many that are just longer than a chunk need a little more (then plan_for gets it).
+// gaps in an arena, so that all counts are tried, or, where these are many, some. Of sequences cut into slices, those
+// of one length are planned for, every length by itself; of mixtures, gaps may need a little more (then plan_for gets
+// it).
 inline std::vector<std::vector<int>> planned_patterns(const RankOptions& o, bool training) {
     const int slices = int(ceil_div(o.model.context, o.chunk_tokens));  // of the longest sequence
     if (o.layout.ranks == 1) return {{slices}};
     std::vector<std::vector<int>> patterns;
     const int least = training ? o.layout.min_chunks : 1, most = o.layout.max_chunks;
     const int stride = int(ceil_div(int64_t(most - least) * most * o.model.layers, 100'000));
-    for (int chunks = most; chunks >= least; chunks -= std::max(stride, 1)) {
-        patterns.emplace_back(size_t(chunks / slices), slices);
-        if (chunks % slices) patterns.back().push_back(chunks % slices);
-    }
+    for (int chunks = most; chunks >= least; chunks -= std::max(stride, 1))
+        for (int length = slices; length == slices || length > 1; --length) {
+            patterns.emplace_back(size_t(chunks / length), length);
+            if (chunks % length) patterns.back().push_back(chunks % length);
+        }
     return patterns;
 }
 
@@ -158,7 +168,8 @@ struct Rank {
     std::byte* activations;
     std::byte* workspace = nullptr;
 
-    double busy_seconds = 0;             // time spent computing, all in all
+    double busy_seconds = 0;             // time spent computing, all in all,
+    double post_seconds = 0;             // and posting messages; between threads that includes copying them
     std::optional<TraceRecorder> trace;  // filled by the schedule loop where there is one
     double trace_zero = 0;               // its time 0 on seconds_now(), about the same moment on all ranks
 
@@ -170,6 +181,7 @@ struct Rank {
           parameters(o.parameters()),
           activations(map(memory.activations)),
           base(map(memory.total() - memory.activations)) {
+        omp_set_num_threads(o.threads);  // of this thread's parallel regions from here on
         std::byte* next = base;
         auto take = [&](int64_t size) { return std::exchange(next, next + size); };
         weights = reinterpret_cast<floatX*>(take(memory.weights));
