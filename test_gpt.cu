@@ -38,21 +38,24 @@ std::vector<int64_t> shape_in_file(const Parameter& p, const GptConfig& g) {
 }
 
 void read_parameters(const Rank& rank, const SafetensorsReader& file, const std::string& prefix, floatS* flat) {
+    HostView<floatS> values(rank.device, flat, flat_size(rank.parameters), false);
     for (const Parameter& p : rank.parameters) {
         const TensorInfo* tensor = file.find(prefix + p.name);
         if (!tensor || tensor->shape != shape_in_file(p, rank.options.model))
             throw Failure(EXIT_DATA, file.path() + " has no " + prefix + p.name + " of shape " +
                                          shape_text(shape_in_file(p, rank.options.model)) + ".");
-        file.read_range(*tensor, 0, tensor->elements(), flat + p.offset);
+        file.read_range(*tensor, 0, tensor->elements(), values.data() + p.offset);
     }
+    values.store();
 }
 
-void keep_parameters(NamedTensors& tensors, const Rank& rank, const std::string& prefix, const floatS* flat) {
+void keep_parameters(NamedTensors& tensors, const Rank& rank, const std::string& prefix, floatS* flat) {
+    HostView<floatS> values(rank.device, flat, flat_size(rank.parameters), true);
     for (const Parameter& p : rank.parameters) {
         NamedTensor& tensor = tensors[prefix + p.name];
         tensor.shape = shape_in_file(p, rank.options.model);
         const int64_t rows = tensor.shape.size() == 2 ? tensor.shape[0] : 1;
-        tensor.values.assign(flat + p.offset, flat + p.offset + rows * p.cols);
+        tensor.values.assign(values.data() + p.offset, values.data() + p.offset + rows * p.cols);
     }
 }
 
@@ -166,7 +169,8 @@ public:
 private:
     template <class T>
     void keep(const std::string& name, const Op& op, Matrix<T> rows) {
-        keep_rows(name, {tokens, rows.cols}, size_t(op.chunk), rows);
+        HostView<T> values(rank.device, rows.data, rows.size(), true);
+        keep_rows(name, {tokens, rows.cols}, size_t(op.chunk), Matrix<T>(values.data(), rows.rows, rows.cols));
     }
 
     // Copies a chunk's rows to their places; a place that no chunk fills stays NaN, which no comparison accepts.
@@ -235,8 +239,8 @@ void logits(const std::string& directory) {
     NamedTensor& rows = tensors["logits"];
     rows.shape = {int64_t(tokens.size()), rank.options.model.vocab};
     for (const int32_t& token : tokens) {
-        const floatX* row = decoder.append({&token, 1});
-        rows.values.insert(rows.values.end(), row, row + rank.options.model.vocab);
+        const std::vector<floatX> row = decoder.append({&token, 1});
+        rows.values.insert(rows.values.end(), row.begin(), row.end());
     }
     write_tensors(directory + "/ours.safetensors", tensors);
 }

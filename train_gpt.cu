@@ -101,8 +101,8 @@ void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
         }
 }
 
-// One op: its part of the model, forward or backward, on one chunk. Returns the loss of a head, else 0.
-double compute(Rank& rank, const Plan& plan, size_t i, const Step& step, floatS loss_scale, Observer* observer) {
+// One op: its part of the model, forward or backward, on one chunk. A head adds its losses to rank.loss.
+void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer* observer) {
     const Op& op = plan.ops[i];
     const TensorRules& rules = plan.rules;
     const int l = op.layer, L = rules.layers;
@@ -110,13 +110,13 @@ double compute(Rank& rank, const Plan& plan, size_t i, const Step& step, floatS 
     const bool none = rules.recompute == Recompute::none, full = rules.recompute == Recompute::full;
     const BlockContext ctx{
         rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
-    const ChunkTokens& chunk = step.chunks[size_t(op.chunk)];
+    const ChunkInputs& inputs = rank.inputs.chunks[size_t(op.chunk)];
     const ChunkShape& shape = plan.chunks[size_t(op.chunk)];
-    const std::vector<SegmentRows>& segments = step.segments[size_t(op.chunk)];
+    const Segments& segments = inputs.segments;
     const auto w = l < 0 ? LayerTensors<floatX>{} : rank.w.layers[size_t(l)];
     const auto dw = l < 0 || !rules.training ? LayerTensors<floatS>{} : rank.dw.layers[size_t(l)];
 
-    const OpTensors t{rank, plan, i, int64_t(chunk.tokens.size())};
+    const OpTensors t{rank, plan, i, inputs.tokens};
     const auto x = [&](int layer) { return t.rows<floatR>(Tensor::residual, layer); };
     const auto ln1 = [&] { return t.rows<floatX>(Tensor::ln1, l); };
     const auto qkv = [&] { return t.rows<floatX>(Tensor::qkv, l); };
@@ -154,7 +154,7 @@ double compute(Rank& rank, const Plan& plan, size_t i, const Step& step, floatS 
 
     if (op.pass == Pass::F) switch (op.part) {
             case Part::embed:
-                embed_forward(ctx, rank.w, x(0), chunk.tokens.data(), chunk.positions.data());
+                embed_forward(ctx, rank.w, x(0), inputs.rows);
                 break;
             case Part::pre:
                 pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l),
@@ -168,11 +168,13 @@ double compute(Rank& rank, const Plan& plan, size_t i, const Step& step, floatS 
                 post_attention_forward(ctx, w, x(l + 1), kept_post(), x(l), attention_out());
                 break;
             case Part::head:
-                return head_forward(ctx, rank.w, x(L), chunk.targets.data(), losses);
+                head_forward(ctx, rank.w, rank.loss.data(), x(L), inputs.targets, losses);
+                break;
         }
     if (op.pass == Pass::B) switch (op.part) {
             case Part::head:
-                return head_backward(ctx, rank.w, rank.dw, d_x(), x(L), chunk.targets.data(), loss_scale, losses);
+                head_backward(ctx, rank.w, rank.dw, d_x(), rank.loss.data(), x(L), inputs.targets, loss_scale, losses);
+                break;
             case Part::post: {
                 if (full && !rules.apart) {
                     pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), qkv(), x(l));
@@ -218,7 +220,7 @@ double compute(Rank& rank, const Plan& plan, size_t i, const Step& step, floatS 
                 pre_attention_backward(ctx, w, dw, d_x(), pre_gradient(l), t.ln1_stats(l), x(l));
                 break;
             case Part::embed:
-                embed_backward(ctx, rank.dw, d_x(), chunk.tokens.data(), chunk.positions.data());
+                embed_backward(ctx, rank.dw, d_x(), inputs.rows);
                 break;
         }
     if (op.pass == Pass::W) {
@@ -228,23 +230,29 @@ double compute(Rank& rank, const Plan& plan, size_t i, const Step& step, floatS 
             post_attention_backward_weight(ctx, w, dw, d_post(), kept_post(), none ? Matrix<floatR>() : x(l),
                                            attention_out());
     }
-    return 0;
 }
 
 double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer) {
     Progress& progress = rank.transport.progress;
+    OpClock& clock = rank.clock;
     struct Posted {
         int64_t batch, begin, end;  // numbers of the first transfer of the batch, and of the op's own
         int64_t bytes;
-        double seconds;  // when
-    };
-    const auto record = [&](EventKind kind, const Op& op, double start, double end, int64_t bytes = 0) {
-        if (rank.trace) rank.trace->record(kind, op, start - rank.trace_zero, end - rank.trace_zero, bytes);
+        OpClock::Moment moment;
     };
     std::vector<Posted> posted(plan.ops.size());  // [send or receive]
+    struct Event {
+        EventKind kind;
+        Op op;
+        OpClock::Moment begin, end;
+        int64_t bytes = 0;
+    };
+    std::vector<Event> events;
     std::vector<Transfer> transfers;
     int64_t posted_end = 0;
-    double loss = 0;
+    rank.inputs.load(rank.device, step);
+    fill_zero(rank.device, rank.loss.data(), 1);
+    clock.restart();
     if (observer) observer->losses.resize(step.chunks.size());
 
     for (size_t i = 0; i < plan.ops.size(); ++i) {
@@ -255,20 +263,20 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
             for (; end < plan.ops.size() && plan.ops[end].kind != Kind::compute && plan.ops[end].batch == op.batch;
                  ++end) {
                 posted[end].begin = int64_t(transfers.size());
-                append_transfers(transfers,
-                                 {rank, plan, end, int64_t(step.chunks[size_t(plan.ops[end].chunk)].tokens.size())});
+                append_transfers(transfers, {rank, plan, end, rank.inputs.chunks[size_t(plan.ops[end].chunk)].tokens});
                 posted[end].end = int64_t(transfers.size());
                 for (int64_t n = posted[end].begin; n < posted[end].end; ++n)
                     posted[end].bytes += transfers[size_t(n)].bytes;
             }
             const double begin = seconds_now();
+            const OpClock::Moment moment = clock.now();
             const int64_t first = rank.transport.post(transfers);
             posted_end = first + int64_t(transfers.size());
-            const double now = seconds_now();
-            rank.post_seconds += now - begin;
-            for (; i < end; ++i) {
-                posted[i] = {first, first + posted[i].begin, first + posted[i].end, posted[i].bytes, begin};
-                if (plan.ops[i].kind == Kind::send) record(EventKind::send, plan.ops[i], begin, now, posted[i].bytes);
+            rank.post_seconds += seconds_now() - begin;
+            for (const OpClock::Moment now = clock.now(); i < end; ++i) {
+                posted[i] = {first, first + posted[i].begin, first + posted[i].end, posted[i].bytes, moment};
+                if (plan.ops[i].kind == Kind::send)
+                    events.push_back({EventKind::send, plan.ops[i], moment, now, posted[i].bytes});
             }
             --i;
             continue;
@@ -277,24 +285,29 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
             // Batches are served in order, so that the earlier ones cost no time; their memory is free from here on.
             const Op& message = plan.ops[size_t(receive)];
             const Posted& p = posted[size_t(receive)];
-            const double begin = seconds_now();
+            const OpClock::Moment begin = clock.now();
             progress.waiting(message);
             rank.transport.wait(0, p.batch);
             rank.transport.wait(p.begin, p.end);
-            const double end = seconds_now();
-            record(EventKind::wait, message, begin, end);
-            record(EventKind::receive, message, p.seconds, end, p.bytes);
+            const OpClock::Moment end = clock.now();
+            events.push_back({EventKind::wait, message, begin, end});
+            events.push_back({EventKind::receive, message, p.moment, end, p.bytes});
         }
         progress.computing(op);
-        const double begin = seconds_now();
-        loss += compute(rank, plan, i, step, loss_scale, observer);
-        const double end = seconds_now();
-        rank.busy_seconds += end - begin;
-        record(EventKind::compute, op, begin, end);
+        const OpClock::Moment begin = clock.now();
+        compute(rank, plan, i, loss_scale, observer);
+        events.push_back({EventKind::compute, op, begin, clock.now()});
         if (observer && observer->after_op) observer->after_op(i);
     }
     progress.busy_with("the end of its ops");
     rank.transport.wait(0, posted_end);
+    double loss = 0;
+    download(rank.device, &loss, rank.loss.data(), 1);
+    for (const Event& e : events) {
+        const double begin = clock.seconds(e.begin), end = clock.seconds(e.end);
+        if (e.kind == EventKind::compute) rank.busy_seconds += end - begin;
+        if (rank.trace) rank.trace->record(e.kind, e.op, begin - rank.trace_zero, end - rank.trace_zero, e.bytes);
+    }
     return loss;
 }
 
@@ -438,10 +451,13 @@ std::string name_nonfinite(const Rank& rank) {
 // Computes the step once more: different bits mean that the hardware erred, equal bits that data or optimisation did.
 [[noreturn]] void stop_at_nonfinite(Rank& rank, const Step& step, int64_t number, double loss) {
     const std::string where = name_nonfinite(rank);
-    const size_t bytes = size_t(flat_size(rank.parameters)) * sizeof(floatS);
-    const XXH64_hash_t first = XXH3_64bits(rank.gradients, bytes);
+    const auto hash_of_gradients = [&] {
+        HostView<floatS> gradients(rank.device, rank.gradients, flat_size(rank.parameters), true);
+        return XXH3_64bits(gradients.data(), size_t(gradients.size()) * sizeof(floatS));
+    };
+    const XXH64_hash_t first = hash_of_gradients();
     const double again = compute_gradients(rank, step);
-    const bool same = XXH3_64bits(rank.gradients, bytes) == first && std::memcmp(&again, &loss, sizeof loss) == 0;
+    const bool same = hash_of_gradients() == first && std::memcmp(&again, &loss, sizeof loss) == 0;
     const std::string what =
         "step " + std::to_string(number) + ": " + where + " is not finite (loss " + std::to_string(loss) + "). ";
     std::string differ;
@@ -494,7 +510,6 @@ struct Training {
     std::optional<MetricsWriter> metrics = {};
     std::optional<Console> console = {};
 
-    CheckpointView view() { return {rank.options.model, rank.parameters, rank.master, rank.m, rank.v}; }
     void note(const std::string& text) {
         if (console) console->note(text);
     }
@@ -502,6 +517,19 @@ struct Training {
         if (metrics) metrics->write(record);
         if (console) console->step(record);
     }
+};
+
+// What of a rank goes into a checkpoint, on the host.
+struct CheckpointState {
+    HostView<floatS> master, m, v;
+    CheckpointView view;
+
+    CheckpointState(Rank& rank, bool read)
+        : master(rank.device, rank.master, flat_size(rank.parameters), read),
+          m(rank.device, rank.m, flat_size(rank.parameters), read),
+          v(rank.device, rank.v, flat_size(rank.parameters), read),
+          view{rank.options.model, rank.parameters, master.data(), m.data(), v.data()} {}
+    void store() { master.store(), m.store(), v.store(); }
 };
 
 void save(Training& run) {
@@ -514,7 +542,8 @@ void save(Training& run) {
     transport.together([&] {
         if (run.metrics) run.metrics->sync();  // a checkpoint never knows of steps that the metrics have lost
     });
-    save_checkpoint(run.job.config.run.dir, run.view(), run.state, int(run.job.config.run.keep), transport);
+    const CheckpointState state(run.rank, true);
+    save_checkpoint(run.job.config.run.dir, state.view, run.state, int(run.job.config.run.keep), transport);
 }
 
 // The lines in which two effective configurations differ; those that only say how far to go do not count.
@@ -542,11 +571,13 @@ std::string start_weights(Training& run) {
     std::string from = "seed " + std::to_string(c.training.seed);
     const auto found = c.run.resume ? find_latest_checkpoint(c.run.dir, transport) : std::nullopt;
     transport.together([&] {
-        if (found) run.state = restore_checkpoint(*found, run.view());
-        else if (!c.run.init_from.empty()) init_from_huggingface(from = c.run.init_from, run.view());
+        CheckpointState start(run.rank, false);
+        if (found) run.state = restore_checkpoint(*found, start.view);
+        else if (!c.run.init_from.empty()) init_from_huggingface(from = c.run.init_from, start.view);
         else
-            initialize_parameters(run.rank.master, run.rank.parameters, run.rank.options.model,
+            initialize_parameters(start.master.data(), run.rank.parameters, run.rank.options.model,
                                   uint64_t(c.training.seed));
+        start.store();
     });
     if (found) {
         const nlohmann::json& extra = run.state.extra;
@@ -689,9 +720,8 @@ void print_start(const Training& run, const std::string& weights_from) {
                " samples an epoch";
     };
     std::vector<TableRow> rows = {
-        {"device", "CPU, " + std::to_string(c.threads()) + " threads" + (c.parallel.ranks > 1 ? " a rank, " : ", ") +
-                       isa_name(cpu_isa()) + ", " PRECISION_NAME +
-                       format(", measured matrix peak %.0f GFLOP/s", run.job.peak_gflops)},
+        {"device", device_text(std::to_string(c.threads()) + " threads" + (c.parallel.ranks > 1 ? " a rank" : "")) +
+                       ", " PRECISION_NAME + format(", measured matrix peak %.0f GFLOP/s", run.job.peak_gflops)},
         {"model", c.model.name + ": " + std::to_string(g.layers) + " layers, " + std::to_string(g.channels) +
                       " channels, " + std::to_string(g.heads) + " heads, context " + std::to_string(g.context) +
                       ", vocabulary " + std::to_string(g.vocab) + (g.tied ? ", tied head, " : ", untied head, ") +
@@ -827,7 +857,7 @@ int train_command(Config c, Team& team) {
         }
         const int threads = c.threads() * team.local_ranks(int(c.parallel.ranks));
         double peak = 0;  // measured by one process while the others wait
-        if (speaks) peak = std::is_same_v<floatX, bf16> ? measure_bf16_peak(threads) : measure_fp32_peak(threads);
+        if (speaks) peak = measure_matrix_peak(threads);
         peak *= double(c.parallel.ranks) / team.local_ranks(int(c.parallel.ranks));
         job.emplace(c, tokenizer, std::move(loader), std::move(val_loader), *signals, peak, resident_bytes());
     });

@@ -9,26 +9,35 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+
+// Functions that kernels call, too.
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Storage types. One of PRECISION_FP32, PRECISION_BF16, PRECISION_FP64 is defined by the Makefile (default fp32).
 //
 //   floatX  weights and activations as matrix products read them
 //   floatR  the residual stream and its gradient. On the CPU it keeps fp32 beside bf16 products: its many small
-//           additions are where bf16 loses most, and it is one activation in sixteen.
+//           additions are where bf16 loses most, and it is one activation in sixteen. On a GPU, where the kernels that
+//           read it are bound by memory, it is bf16 as well.
 //   floatS  sums, statistics, gradients of weights, master weights, moments
 
 // A bfloat16 is the upper half of an fp32; conversion rounds to nearest even and keeps NaN quiet.
 struct bf16 {
     uint16_t bits = 0;
     bf16() = default;
-    bf16(float value) {
+    HOST_DEVICE bf16(float value) {
         uint32_t u;
         std::memcpy(&u, &value, 4);
         const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
         bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded);
     }
-    operator float() const {
+    HOST_DEVICE operator float() const {
         const uint32_t u = uint32_t(bits) << 16;
         float value;
         std::memcpy(&value, &u, 4);
@@ -43,7 +52,11 @@ using floatS = double;
 #define PRECISION_NAME "fp64"
 #elif defined(PRECISION_BF16)
 using floatX = bf16;
+#ifdef USE_CUDA
+using floatR = bf16;
+#else
 using floatR = float;
+#endif
 using floatS = float;
 #define PRECISION_NAME "bf16"
 #else
@@ -61,11 +74,16 @@ struct Matrix {
     int64_t rows = 0, cols = 0, stride = 0;
 
     Matrix() = default;
-    Matrix(T* data, int64_t rows, int64_t cols) : data(data), rows(rows), cols(cols), stride(cols) {}
-    Matrix(T* data, int64_t rows, int64_t cols, int64_t stride) : data(data), rows(rows), cols(cols), stride(stride) {}
-    operator Matrix<const T>() const { return {data, rows, cols, stride}; }
+    HOST_DEVICE Matrix(T* data, int64_t rows, int64_t cols) : data(data), rows(rows), cols(cols), stride(cols) {}
+    HOST_DEVICE Matrix(T* data, int64_t rows, int64_t cols, int64_t stride)
+        : data(data), rows(rows), cols(cols), stride(stride) {}
+    template <class U>
+        requires(std::is_same_v<U, const T> && !std::is_same_v<U, T>)
+    HOST_DEVICE operator Matrix<U>() const {
+        return {data, rows, cols, stride};
+    }
 
-    T* row(int64_t i) const { return data + i * stride; }
+    HOST_DEVICE T* row(int64_t i) const { return data + i * stride; }
     Matrix row_range(int64_t begin, int64_t count) const { return {row(begin), count, cols, stride}; }
     Matrix column_range(int64_t begin, int64_t count) const { return {data + begin, rows, count, stride}; }
     int64_t size() const { return rows * cols; }
@@ -93,5 +111,5 @@ struct Failure : std::runtime_error {
     Failure(int exit_code, const std::string& message) : std::runtime_error(message), exit_code(exit_code) {}
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
+HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+HOST_DEVICE inline int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }

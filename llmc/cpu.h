@@ -6,6 +6,7 @@
 #include <string>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -31,8 +32,8 @@ inline Isa cpu_isa() {
             found = Isa::avx512;
             if (__builtin_cpu_supports("avx512bf16")) {
                 found = Isa::avx512_bf16;
-                unsigned a = 7, b = 0, c = 0, d = 0;
-                __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+                unsigned a = 0, b = 0, c = 0, d = 0;
+                __get_cpuid_count(7, 0, &a, &b, &c, &d);
                 const bool has_amx = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16 and AMX-TILE
                 // Linux grants the 8 KiB of tile state only to processes that ask for it (ARCH_REQ_XCOMP_PERM, tile
                 // data).

@@ -1,15 +1,48 @@
-// The device a rank computes on, passed to every kernel. On the CPU: how many OpenMP threads, and the scratch memory
-// that matrix products and attention pack their operands into. It lies in the rank's arena, planned before step 1.
+// The device a rank computes on, passed to every kernel: what its kernels need besides their tensors, and its memory.
+// A build is for one device: the CPU, or with USE_CUDA a GPU. Scratch memory for the kernels lies in the rank's arena,
+// planned before step 1.
 #pragma once
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "common.h"
+#ifdef USE_CUDA
+#include <cublasLt.h>
+
+#include <array>
+#include <map>
+#include <memory>
+#include <optional>
+
+#include "llmc/cuda.h"
+#else
+#include <sys/mman.h>
+
+#include <cerrno>
+
+#include "llmc/cpu.h"
+#include "llmc/io/machine.h"
+#endif
+
+#ifdef USE_CUDA
+// The algorithms that cuBLASLt has chosen, by all that a product's choice depends on (matmul.cuh); nothing where it has
+// none.
+using MatmulKey = std::array<int64_t, 11>;
+using MatmulAlgorithms = std::map<MatmulKey, std::optional<cublasLtMatmulAlgo_t>>;
+#endif
 
 struct Device {
-    int threads = 1;               // OpenMP threads of this rank
-    std::byte* scratch = nullptr;  // 64-byte aligned, contents undefined between kernels
+    int threads = 1;               // OpenMP threads of this rank, on the host
+    std::byte* scratch = nullptr;  // 64-byte aligned (CUDA: 256), contents undefined between kernels
     size_t scratch_bytes = 0;      // at least the kernels' *_scratch_bytes for the shapes they get
+#ifdef USE_CUDA
+    cudaStream_t stream = nullptr;  // that all kernels run on
+    int multiprocessors = 1;
+    cublasLtHandle_t blas = nullptr;
+    MatmulAlgorithms* algorithms = nullptr;
+#endif
 
     template <class T>
     T* scratch_as(size_t count, size_t byte_offset = 0) const {
@@ -18,4 +51,168 @@ struct Device {
                                    " bytes of scratch, the plan gave " + std::to_string(scratch_bytes));
         return reinterpret_cast<T*>(scratch + byte_offset);
     }
+};
+
+// What computes.
+inline std::string device_text(const std::string& threads) {
+#ifdef USE_CUDA
+    (void)threads;
+    int gpu = 0;
+    cudaDeviceProp properties{};
+    CUDA_CHECK(cudaGetDevice(&gpu));
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, gpu));
+    return "GPU " + std::to_string(gpu) + ", " + properties.name;
+#else
+    return "CPU, " + threads + ", " + isa_name(cpu_isa());
+#endif
+}
+
+// Bytes that ranks may still take on the device.
+inline int64_t available_on_device() {
+#ifdef USE_CUDA
+    size_t free = 0, total = 0;
+    CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return int64_t(free);
+#else
+    return available_memory();
+#endif
+}
+
+// Opens the device for a rank, of this thread, and closes it with the rank. Ranks of a host take its GPUs in turns, and
+// share them where they are more.
+class OpenDevice {
+public:
+    Device device;
+
+    explicit OpenDevice(int threads, int local_rank = 0) {
+        device.threads = threads;
+#ifdef USE_CUDA
+        int gpus = 0;
+        CUDA_CHECK(cudaGetDeviceCount(&gpus));
+        const int gpu = local_rank % std::max(gpus, 1);
+        CUDA_CHECK(cudaSetDevice(gpu));
+        CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, gpu));
+        CUDA_CHECK(cudaStreamCreateWithFlags(&device.stream, cudaStreamNonBlocking));
+        if (cublasLtCreate(&device.blas) != CUBLAS_STATUS_SUCCESS)
+            throw Failure(EXIT_HARDWARE, "cuBLASLt cannot be opened on GPU " + std::to_string(gpu));
+        device.algorithms = &algorithms_;
+#else
+        (void)local_rank;
+#endif
+    }
+    OpenDevice(const OpenDevice&) = delete;
+    OpenDevice& operator=(const OpenDevice&) = delete;
+#ifdef USE_CUDA
+    ~OpenDevice() {
+        if (device.blas) cublasLtDestroy(device.blas);
+        if (device.stream) cudaStreamDestroy(device.stream);
+    }
+
+private:
+    MatmulAlgorithms algorithms_;
+#endif
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory of the device. Where there is none of the size, Failure(EXIT_MEMORY).
+
+inline std::byte* allocate_on_device(int64_t bytes) {
+    if (bytes == 0) return nullptr;
+#ifdef USE_CUDA
+    void* memory = nullptr;
+    CUDA_CHECK(cudaMalloc(&memory, size_t(bytes)));
+#else
+    void* memory =
+        mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED)
+        throw Failure(EXIT_MEMORY, "cannot map " + std::to_string(bytes >> 20) + " MiB: " + std::strerror(errno) +
+                                       "; choose a smaller model, --chunk-tokens or --head-chunk");
+    madvise(memory, size_t(bytes), MADV_HUGEPAGE);  // fewer TLB misses while operands are packed
+#endif
+    return static_cast<std::byte*>(memory);
+}
+
+inline void free_on_device(std::byte* memory, int64_t bytes) {
+    if (!memory) return;
+#ifdef USE_CUDA
+    (void)bytes;
+    cudaFree(memory);  // in destructors: an error here was reported before
+#else
+    munmap(memory, size_t(bytes));
+#endif
+}
+
+// So many elements on the device, uninitialised.
+template <class T>
+class DeviceMemory {
+public:
+    DeviceMemory() = default;
+    explicit DeviceMemory(int64_t count) : data_(allocate_on_device(count * int64_t(sizeof(T)))), count_(count) {}
+    DeviceMemory(DeviceMemory&& other) noexcept
+        : data_(std::exchange(other.data_, nullptr)), count_(std::exchange(other.count_, 0)) {}
+    DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+        std::swap(data_, other.data_), std::swap(count_, other.count_);
+        return *this;
+    }
+    ~DeviceMemory() { free_on_device(data_, count_ * int64_t(sizeof(T))); }
+
+    T* data() const { return reinterpret_cast<T*>(data_); }
+    int64_t size() const { return count_; }
+
+private:
+    std::byte* data_ = nullptr;
+    int64_t count_ = 0;
+};
+
+// Between the host and the device, after everything that the device was told to do before. Returns when it is done.
+template <class T>
+void upload(const Device& device, T* to /*[n] device*/, const T* from /*[n] host*/, int64_t n) {
+#ifdef USE_CUDA
+    CUDA_CHECK(cudaMemcpyAsync(to, from, size_t(n) * sizeof(T), cudaMemcpyHostToDevice, device.stream));
+    CUDA_CHECK(cudaStreamSynchronize(device.stream));
+#else
+    (void)device;
+    std::memcpy(static_cast<void*>(to), from, size_t(n) * sizeof(T));
+#endif
+}
+template <class T>
+void download(const Device& device, T* to /*[n] host*/, const T* from /*[n] device*/, int64_t n) {
+#ifdef USE_CUDA
+    CUDA_CHECK(cudaMemcpyAsync(to, from, size_t(n) * sizeof(T), cudaMemcpyDeviceToHost, device.stream));
+    CUDA_CHECK(cudaStreamSynchronize(device.stream));
+#else
+    (void)device;
+    std::memcpy(static_cast<void*>(to), from, size_t(n) * sizeof(T));
+#endif
+}
+
+// A device array as the host reads and writes it: on the CPU the array itself, on a GPU a copy, filled from it if
+// wanted, else with zeros, which store() writes back.
+template <class T>
+class HostView {
+public:
+    HostView(const Device& device, T* data, int64_t count, bool read) : device_(device), data_(data), count_(count) {
+#ifdef USE_CUDA
+        copy_.resize(size_t(count));
+        if (read) download(device, copy_.data(), data, count);
+#else
+        (void)read;
+#endif
+    }
+#ifdef USE_CUDA
+    T* data() { return copy_.data(); }
+    void store() { upload(device_, data_, copy_.data(), count_); }
+#else
+    T* data() { return data_; }
+    void store() {}
+#endif
+    int64_t size() const { return count_; }
+
+private:
+    const Device& device_;
+    T* data_;
+    int64_t count_;
+#ifdef USE_CUDA
+    std::vector<T> copy_;
+#endif
 };

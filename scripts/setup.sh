@@ -1,6 +1,7 @@
 #!/bin/sh
-# Installs what the build (no argument), the tests (--test) or the benchmarks (--bench) need on Debian 12, and says why.
-# Nothing missing: nothing happens. Called by `make run`, `make test` and `make bench`.
+# Installs what the build (no argument), the tests (--test) or the benchmarks (--bench) need on Debian 12, and says why;
+# with --cuda, what the build for GPUs needs besides CUDA itself. Nothing missing: nothing happens. Called by `make run`,
+# `make test` and `make bench`.
 # Headers may also lie in $DEPS, and a program somewhere else on PATH: what is there by any way is not installed again.
 set -eu
 cd "$(dirname "$0")/.."
@@ -9,7 +10,8 @@ case "${1:-}" in
     "") set_name="building" ;;
     --test) set_name="testing" ;;
     --bench) set_name="benchmarks" ;;
-    *) echo "setup.sh: unknown argument $1; use none, --test or --bench" >&2; exit 2 ;;
+    --cuda) set_name="cuda" ;;
+    *) echo "setup.sh: unknown argument $1; use none, --test, --bench or --cuda" >&2; exit 2 ;;
 esac
 
 # package, a file that it brings (PROGRAM, include:HEADER or /path), the reason
@@ -21,6 +23,10 @@ nlohmann-json3-dev   include:nlohmann/json.hpp                         reads and
 libxxhash-dev        include:xxhash.h                                  XXH3 checksums of checkpoints (headers)
 END
     [ "$set_name" = building ] && return
+    if [ "$set_name" = cuda ]; then
+        echo 'python3-venv /usr/lib/python3.11/ensurepip an environment for the headers of the cuDNN front end'
+        return
+    fi
     cat <<'END'
 libopenmpi-dev       mpicc                                             Open MPI, for ranks as processes (without it: threads)
 openmpi-bin          mpirun                                            its launcher
@@ -106,7 +112,13 @@ environment() {  # directory, what tells that it is complete, reason, option of 
         exit 1
     fi
 }
-if [ "$set_name" != building ]; then
+# Without its dependencies, compilers for kernels in Python: they are 650 MB for 3 MB of headers.
+if [ "$set_name" = cuda ] && [ ! -e "${CUDNN_FRONTEND:-/usr/include}/cudnn_frontend.h" ]; then
+    environment build/venv-cuda "nvidia_cudnn_frontend-1.32.0.dist-info" \
+        "its include folder is the cuDNN front end 1.32.0, for attention on GPUs (headers)" \
+        "" --no-deps nvidia-cudnn-frontend==1.32.0
+fi
+if [ "$set_name" = testing ] || [ "$set_name" = benchmarks ]; then
     environment build/venv "pyarrow-15.0.2.dist-info" \
         "transformers 4.38.2, which works with Debian's PyTorch, loads our checkpoints; pyarrow writes Parquet" \
         --system-site-packages transformers==4.38.2 pyarrow==15.0.2

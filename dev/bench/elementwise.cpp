@@ -99,11 +99,11 @@ int main(int argc, char** argv) {
         {"copy_rows to floatX", N * C * (R + X), [&] { copy_rows(device, om, am); }},
         {"encoder_forward", N * C * (R + 2 * X),
          [&] {
-             encoder_forward(device, rm, tokens.data(), positions.data(), {wte.data(), Vp, C}, {wpe.data(), T, C});
+             encoder_forward(device, rm, {tokens.data(), positions.data()}, {wte.data(), Vp, C}, {wpe.data(), T, C});
          }},
         {"encoder_backward", N * C * (R + 4 * S),
          [&] {
-             encoder_backward(device, {dwte.data(), Vp, C}, {dwpe.data(), T, C}, am, tokens.data(), positions.data());
+             encoder_backward(device, {dwte.data(), Vp, C}, {dwpe.data(), T, C}, am, {tokens.data(), positions.data()});
          }},
     };
 

@@ -1,8 +1,9 @@
 // What a pipeline costs: two ranks of one thread against one rank of two threads, whole training steps with clipping
 // and AdamW, in turns. Beside the ratio of tokens a second stands its cap, 1 - the simulated bubble, and the bubble as
 // measured and as simulated. The durations that are simulated are medians of a single rank with one thread that runs
-// the same ops, never the pipeline's own. `copy` is the posting of messages, where thread ranks copy them, and `loop`
-// what is neither computing nor copying nor waiting, both of the ops' time.
+// the same ops, never the pipeline's own. `replayed` is the simulation of each step with the durations that its ops
+// had: what it adds to `simulated` is the price of durations that vary. `copy` is the posting of messages, where thread
+// ranks copy them, and `loop` what is neither computing nor copying nor waiting, both of the ops' time.
 //
 //   build/bench/pipeline_overhead [--json] [--rounds 5] [--steps 3] [--recompute none|without-attention|full]
 //                                 [--case "bytes 16x512"] [--schedule "helix F=2"]
@@ -22,8 +23,14 @@ struct Pipeline {
 };
 
 struct Measured {
-    std::vector<double> step_seconds;        // whole steps
-    std::vector<double> bubble, copy, loop;  // of the ops of each step: parts of one
+    std::vector<double> step_seconds;                  // whole steps
+    std::vector<double> bubble, replayed, copy, loop;  // of the ops of each step: parts of one
+
+    void append(const Measured& other) {
+        for (auto field :
+             {&Measured::step_seconds, &Measured::bubble, &Measured::replayed, &Measured::copy, &Measured::loop})
+            (this->*field).insert((this->*field).end(), (other.*field).begin(), (other.*field).end());
+    }
 };
 
 double median(std::vector<double> values) {
@@ -64,6 +71,15 @@ void initialize(Rank& rank) {
     round_weights(rank);
 }
 
+// The bubble, as a part of all ranks' time, of a step whose ops take op_seconds(op) and whose messages take no time.
+template <class OpSeconds>
+double simulated_bubble(const RankOptions& options, int chunks, const OpSeconds& op_seconds) {
+    const ScheduleInput in = options.schedule_input(chunks, true, false);
+    const OpLists lists = find_schedule(options.layout.schedule)->lists(in);
+    const Timeline timeline = simulate(lists, in, op_seconds, [](const Op&) { return 0.0; });
+    return timeline.mean_bubble() / timeline.makespan;
+}
+
 // `steps` steps after one that does not count, on the ranks of a team.
 Measured run_steps(const Workload& work, Recompute recompute, const Pipeline& pipeline, int ranks, int steps) {
     Measured measured;
@@ -92,6 +108,11 @@ Measured run_steps(const Workload& work, Recompute recompute, const Pipeline& pi
             double waited = 0;
             for (const TraceEvent& event : rank.trace->events())
                 if (event.kind == EventKind::wait) waited += 1e-3 * (event.end - event.start);
+            std::map<std::tuple<Part, Pass, int, int>, double> seconds_of;  // the ops of all ranks
+            const auto key = [](const Op& op) { return std::tuple(op.part, op.pass, op.layer, op.chunk); };
+            for (const std::string& text : transport.all_gather(pack_events(rank.trace->events())))
+                for (const TraceEvent& event : unpack_events(text))
+                    if (event.kind == EventKind::compute) seconds_of[key(event.op)] = event.end - event.start;
             const double busy = rank.busy_seconds - busy_before, copied = rank.post_seconds - post_before;
             double totals[] = {busy, copied, ops_end - ops_start - busy - copied - waited};
             transport.sum(totals);
@@ -99,6 +120,9 @@ Measured run_steps(const Workload& work, Recompute recompute, const Pipeline& pi
             const double all = ranks * (ops_end - ops_start);
             measured.step_seconds.push_back(end - start);
             measured.bubble.push_back(1 - totals[0] / all);
+            if (ranks > 1)
+                measured.replayed.push_back(
+                    simulated_bubble(rank.options, work.chunks, [&](const Op& op) { return seconds_of.at(key(op)); }));
             measured.copy.push_back(totals[1] / all);
             measured.loop.push_back(totals[2] / all);
         }
@@ -141,16 +165,6 @@ std::map<OpKind, double> op_seconds(const Workload& work, Recompute recompute, c
     return medians;
 }
 
-double simulated_bubble(const Workload& work, Recompute recompute, const Pipeline& pipeline) {
-    const std::map<OpKind, double> times = op_seconds(work, recompute, pipeline);
-    const RankOptions options = options_for(work, recompute, pipeline, 2, 0);
-    const ScheduleInput in = options.schedule_input(work.chunks, true, false);
-    const Timeline timeline = simulate(
-        find_schedule(pipeline.schedule)->lists(in), in, [&](const Op& op) { return times.at(kind_of(op)); },
-        [](const Op&) { return 0.0; });
-    return timeline.mean_bubble() / timeline.makespan;
-}
-
 int main(int argc, char** argv) {
     bool json = false;
     int rounds = 5, steps = 3;
@@ -179,40 +193,38 @@ int main(int argc, char** argv) {
         {"gpipe", "gpipe"}, {"1f1b", "1f1b"},          {"interleaved", "interleaved"}, {"zb-h1", "zb-h1"},
         {"zb-h2", "zb-h2"}, {"helix F=1", "helix", 1}, {"helix F=2", "helix", 2}};
     if (!json)
-        std::printf("%-28s %9s %9s %6s %6s %7s   %9s %9s %6s %6s\n", "case", "2 ranks", "1 rank", "ratio", "cap",
-                    "of cap", "bubble", "simulated", "copy", "loop");
+        std::printf("%-28s %9s %9s %6s %6s %7s   %9s %9s %9s %6s %6s\n", "case", "2 ranks", "1 rank", "ratio", "cap",
+                    "of cap", "bubble", "simulated", "replayed", "copy", "loop");
     for (const Workload& work : workloads)
         for (const Pipeline& pipeline : pipelines) {
             if (!only_case.empty() && only_case != work.name) continue;
             if (!only_schedule.empty() && only_schedule != pipeline.name) continue;
             Measured pair, single;
-            const auto append = [](Measured& to, const Measured& from) {
-                to.step_seconds.insert(to.step_seconds.end(), from.step_seconds.begin(), from.step_seconds.end());
-                to.bubble.insert(to.bubble.end(), from.bubble.begin(), from.bubble.end());
-                to.copy.insert(to.copy.end(), from.copy.begin(), from.copy.end());
-                to.loop.insert(to.loop.end(), from.loop.begin(), from.loop.end());
-            };
             for (int round = 0; round < rounds; ++round) {
-                append(pair, run_steps(work, recompute, pipeline, 2, steps));
-                append(single, run_steps(work, recompute, pipeline, 1, steps));
+                pair.append(run_steps(work, recompute, pipeline, 2, steps));
+                single.append(run_steps(work, recompute, pipeline, 1, steps));
             }
             const double tokens = double(work.chunks * work.chunk_tokens);
             const double ours = tokens / median(pair.step_seconds), reference = tokens / median(single.step_seconds);
-            const double simulated = simulated_bubble(work, recompute, pipeline), cap = 1 - simulated;
+            const std::map<OpKind, double> medians = op_seconds(work, recompute, pipeline);
+            const double simulated = simulated_bubble(options_for(work, recompute, pipeline, 2, 0), work.chunks,
+                                                      [&](const Op& op) { return medians.at(kind_of(op)); });
+            const double cap = 1 - simulated;
             const std::string name = work.name + " " + pipeline.name;
             if (json)
                 std::printf(
                     "{\"case\": \"%s\", \"metric\": \"tokens_per_second\", \"ours\": %.1f, \"reference\": %.1f, "
                     "\"reference_name\": \"one rank, two threads\", \"ratio\": %.4f, \"bound\": %.1f, "
-                    "\"percent_of_bound\": %.1f, \"bubble\": %.4f, \"simulated_bubble\": %.4f, \"copy\": %.5f, "
+                    "\"percent_of_bound\": %.1f, \"bubble\": %.4f, \"simulated_bubble\": %.4f, \"replayed_bubble\": "
+                    "%.4f, \"copy\": %.5f, "
                     "\"loop\": %.5f}\n",
                     name.c_str(), ours, reference, ours / reference, cap * reference, 100 * ours / (cap * reference),
-                    median(pair.bubble), simulated, median(pair.copy), median(pair.loop));
+                    median(pair.bubble), simulated, median(pair.replayed), median(pair.copy), median(pair.loop));
             else
-                std::printf("%-28s %9.0f %9.0f %6.3f %6.3f %6.1f%%   %8.1f%% %8.1f%% %5.2f%% %5.2f%%\n", name.c_str(),
-                            ours, reference, ours / reference, cap, 100 * ours / (cap * reference),
-                            100 * median(pair.bubble), 100 * simulated, 100 * median(pair.copy),
-                            100 * median(pair.loop));
+                std::printf("%-28s %9.0f %9.0f %6.3f %6.3f %6.1f%%   %8.1f%% %8.1f%% %8.1f%% %5.2f%% %5.2f%%\n",
+                            name.c_str(), ours, reference, ours / reference, cap, 100 * ours / (cap * reference),
+                            100 * median(pair.bubble), 100 * simulated, 100 * median(pair.replayed),
+                            100 * median(pair.copy), 100 * median(pair.loop));
             std::fflush(stdout);
         }
     return 0;

@@ -1,4 +1,6 @@
 // The two ends of the model, embedding and cross entropy, against plain loops in double.
+#include <numeric>
+
 #include "dev/tests/kernels_test.h"
 #include "llmc/kernels/classifier.cuh"
 #include "llmc/kernels/encoder.cuh"
@@ -15,10 +17,10 @@ TEST(Encoder, ForwardAndBackward) {
             const int64_t stride = C + 5;  // rows of the embeddings' gradients further apart than they are long
             std::vector<floatR> out(N * C);
             std::vector<floatS> dwte(V * stride, 1), dwpe(T * stride, 2);
-            encoder_forward(device, {out.data(), N, C}, tokens.data(), positions.data(), {wte.data(), V, C},
-                            {wpe.data(), T, C});
+            const TokenRows rows{tokens.data(), positions.data()};
+            encoder_forward(device, {out.data(), N, C}, rows, {wte.data(), V, C}, {wpe.data(), T, C});
             encoder_backward(device, {dwte.data(), V, C, stride}, {dwpe.data(), T, C, stride}, {dout.data(), N, C},
-                             tokens.data(), positions.data());
+                             rows);
             Doubles want_out(N * C), want_dwte(V * stride, 1), want_dwpe(T * stride, 2);
             for (int64_t i = 0; i < N * C; i++) {
                 const int64_t t = tokens[i / C], p = positions[i / C], c = i % C;
@@ -31,6 +33,17 @@ TEST(Encoder, ForwardAndBackward) {
             expect_close("dwpe", dwpe, want_dwpe, bound_s);
             return concatenated(out, dwte, dwpe);
         });
+    }
+}
+
+TEST(Encoder, SortedRows) {
+    for (const auto& [N, V] :
+         {std::pair<int64_t, int64_t>{0, 1}, {1, 1}, {1, 70000}, {1000, 1}, {1000, 7}, {99, 5000}}) {
+        const auto keys = random_indices(N, V, 1);
+        std::vector<int32_t> want(N);
+        std::iota(want.begin(), want.end(), 0);
+        std::stable_sort(want.begin(), want.end(), [&](int32_t a, int32_t b) { return keys[a] < keys[b]; });
+        EXPECT_EQ(sorted_rows(keys), want) << N << " keys below " << V;
     }
 }
 

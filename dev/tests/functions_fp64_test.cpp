@@ -71,10 +71,10 @@ TEST(Functions, Embed) {
     Fixture f;
     std::vector<double> x(N * C), dx = f.random(N * C);
     const auto objective = [&] {
-        embed_forward(f.ctx, f.w, rows(x, C), tokens, positions);
+        embed_forward(f.ctx, f.w, rows(x, C), {tokens, positions});
         return dot(rows(x, C), rows(dx, C));
     };
-    embed_backward(f.ctx, f.dw, rows(dx, C), tokens, positions);
+    embed_backward(f.ctx, f.dw, rows(dx, C), {tokens, positions});
     f.check_parameter("wte.weight", objective);
     f.check_parameter("wpe.weight", objective);
 }
@@ -182,8 +182,13 @@ TEST(Functions, Head) {
     std::vector<double> x = f.random(N * C), dx(N * C), losses(N);
     int32_t targets[N] = {1, 2, 3, -1, 28, 0, 6, 7, 8, -1, -1, 11, 12};
     constexpr double scale = 1.0 / 10;
-    const auto objective = [&] { return scale * head_forward(f.ctx, f.w, rows(x, C), targets); };
-    const double loss = head_backward(f.ctx, f.w, f.dw, rows(dx, C), rows(x, C), targets, scale, losses.data());
+    const auto objective = [&] {
+        double loss = 0;
+        head_forward(f.ctx, f.w, &loss, rows(x, C), targets);
+        return scale * loss;
+    };
+    double loss = 0;
+    head_backward(f.ctx, f.w, f.dw, rows(dx, C), &loss, rows(x, C), targets, scale, losses.data());
     EXPECT_NEAR(loss * scale, objective(), 1e-12);
     EXPECT_EQ(losses[3], 0);
     f.check("x", x.data(), dx.data(), N * C, objective);

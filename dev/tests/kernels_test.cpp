@@ -45,8 +45,10 @@ TEST(Reduce, Sums) {
         double want = 0, squares = 0, magnitude = 1;
         for (floatS value : x) want += value, squares += double(value) * value, magnitude += std::abs(value);
         for_threads([&](const Device& device) {
-            const double got = sum(device, x.data(), n), got_squares = sum_of_squares(device, x.data(), n);
-            EXPECT_NEAR(got, want, 1e-13 * magnitude);
+            const double before = 2, got_squares = sum_of_squares(device, x.data(), n);
+            double got = before;
+            add_sum(device, &got, x.data(), n);
+            EXPECT_NEAR(got, before + want, 1e-13 * (before + magnitude));
             EXPECT_NEAR(got_squares, squares, 1e-13 * squares);
             return Doubles{got, got_squares};
         });

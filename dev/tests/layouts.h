@@ -78,11 +78,13 @@ struct LayoutRun {
 
 // Unlike those of training, no weight is zero at the start, and attention looks at some tokens more than at others.
 inline void set_weights(Rank& rank) {
+    HostView<floatS> master(rank.device, rank.master, flat_size(rank.parameters), false);
     for (const Parameter& p : rank.parameters)
         for (int64_t i = 0; i < p.size(); ++i)
-            rank.master[p.offset + i] = i < used_rows(p, rank.options.model) * p.cols
-                                            ? p.mean + 0.15f * normal(9, uint64_t(p.index), uint64_t(i))
-                                            : 0;
+            master.data()[p.offset + i] = i < used_rows(p, rank.options.model) * p.cols
+                                              ? p.mean + 0.15f * normal(9, uint64_t(p.index), uint64_t(i))
+                                              : 0;
+    master.store();
     round_weights(rank);
 }
 
@@ -97,9 +99,10 @@ inline LayoutRun run_rank(const LayoutCase& layout, Transport& transport, int st
     const std::vector<Parameter> table = parameter_table(layout.model());
     LayoutRun run;
     Rank rank(layout.options(transport.rank, int(step.chunks.size())), transport);
-    const auto gather = [&](const floatS* flat) {
+    const auto gather = [&](floatS* flat) {
         std::vector<std::vector<floatS>> tensors(table.size());
-        std::string own(reinterpret_cast<const char*>(flat), size_t(flat_size(rank.parameters)) * sizeof(floatS));
+        HostView<floatS> held(rank.device, flat, flat_size(rank.parameters), true);
+        const std::string own(reinterpret_cast<const char*>(held.data()), size_t(held.size()) * sizeof(floatS));
         const std::vector<std::string> all = transport.all_gather(own);
         for (int r = 0; r < transport.ranks; ++r)
             for (const Parameter& p : layout.options(r, int(step.chunks.size())).parameters()) {

@@ -57,34 +57,48 @@ inline constexpr bool built_with_mpi = false;
 inline int doctor_command(const Config& c) {
     const int threads = c.threads();
     const std::map<std::string, std::string> environment = current_environment();
-    const double fp32 = measure_fp32_peak(threads), bf16_peak = measure_bf16_peak(threads),
-                 bandwidth = measure_bandwidth(threads);
-    const std::vector<std::string> problems = known_problems(threads);
+    std::vector<std::string> problems = known_problems(threads);
+    std::vector<TableRow> measured;
+    nlohmann::json json = {{"environment", environment}, {"threads", threads}};
+    const auto measure = [&](const char* key, double value, const char* name, const char* unit) {
+        json[key] = value;
+        measured.push_back({name, format("%.4g ", value) + unit});
+    };
+    int64_t memory = 0;
+#ifdef USE_CUDA
+    const std::string built_for = "GPU, for sm_80, sm_90 and later";
+    std::string machine = "no GPU";
+    try {
+        memory = available_on_device();
+        machine = device_text("");
+        measure(PRECISION_NAME "_gflops", measure_matrix_peak(threads), PRECISION_NAME " products", "GFLOP/s");
+        measure("bandwidth_gb_per_s", measure_bandwidth(threads), "memory bandwidth", "GB/s (copy)");
+    } catch (const Failure& failure) { problems.push_back(failure.what()); }
+#else
+    const std::string built_for = "CPU, built for x86-64-v3 (AVX2); wider kernels are chosen at start";
+    const std::string machine = isa_name(cpu_isa());
+    memory = available_on_device();
+    measure("fp32_gflops", measure_fp32_peak(threads), "fp32 products", "GFLOP/s");
+    measure("bf16_gflops", measure_bf16_peak(threads), "bf16 products", "GFLOP/s");
+    measure("bandwidth_gb_per_s", measure_bandwidth(threads), "memory bandwidth", "GB/s (triad)");
+#endif
     if (c.json) {
-        std::printf("%s\n", json_text({{"environment", environment},
-                                       {"threads", threads},
-                                       {"fp32_gflops", fp32},
-                                       {"bf16_gflops", bf16_peak},
-                                       {"bandwidth_gb_per_s", bandwidth},
-                                       {"memory_available_bytes", available_memory()},
-                                       {"problems", problems}},
-                                      -1)
-                                .c_str());
+        json["memory_available_bytes"] = memory;
+        json["problems"] = problems;
+        std::printf("%s\n", json_text(json, -1).c_str());
         return 0;
     }
     print_table("compiled in",
-                {{"device", "CPU, built for x86-64-v3 (AVX2); wider kernels are chosen at start"},
+                {{"device", built_for},
                  {"precision", PRECISION_NAME},
                  {"compiler", "g++ " __VERSION__},
                  {"ranks", built_with_mpi ? "threads of a process, or processes under MPI"
                                           : "threads of a process; MPI was not found when it was built"}});
     print_table("machine", {{"cpu", environment.at("cpu")},
-                            {"instructions", isa_name(cpu_isa())},
+                            {"computes on", machine},
                             {"threads", std::to_string(threads)},
-                            {"memory available", bytes_text(available_memory())}});
-    print_table("measured", {{"fp32 products", format("%.0f GFLOP/s", fp32)},
-                             {"bf16 products", format("%.0f GFLOP/s", bf16_peak)},
-                             {"memory bandwidth", format("%.1f GB/s (triad)", bandwidth)}});
+                            {"memory available", bytes_text(memory)}});
+    if (!measured.empty()) print_table("measured", measured);
     std::printf("known problems%s\n", problems.empty() ? ": none found" : "");
     for (const std::string& problem : problems) std::printf("  - %s\n", problem.c_str());
     return 0;

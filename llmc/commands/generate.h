@@ -42,8 +42,8 @@ public:
     explicit Decoder(Rank& rank)
         : rank_(rank),
           ctx_{rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk},
-          memory_(size_t(bytes_of<DecoderTensors>(rank.options)) + 64) {
-        Allocator place{memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64};
+          memory_(bytes_of<DecoderTensors>(rank.options)) {
+        Allocator place{memory_.data()};
         t_.emplace(place, rank.options);
     }
 
@@ -51,16 +51,19 @@ public:
     void clear() { length_ = 0; }
 
     // Appends the tokens to the sequence, at most `context` in all, and returns the logits [V] after the last of them
-    // on the rank that runs the head, null on all others. Called by all ranks together.
-    const floatX* append(std::span<const int32_t> tokens) {
+    // on the rank that runs the head, none on all others. Called by all ranks together.
+    std::vector<floatX> append(std::span<const int32_t> tokens) {
         const GptConfig& g = rank_.options.model;
         const int64_t N = int64_t(tokens.size());
-        std::vector<int32_t> positions(tokens.size());
-        std::iota(positions.begin(), positions.end(), int32_t(length_));
-        const std::vector<SegmentRows> segments = {{0, N, length_, true}};
+        Step step;  // one slice of one sequence
+        step.chunks.push_back({{tokens.begin(), tokens.end()}, {}, std::vector<int32_t>(tokens.size())});
+        std::iota(step.chunks[0].positions.begin(), step.chunks[0].positions.end(), int32_t(length_));
+        step.segments = {{{0, N, length_, true}}};
+        inputs_.load(rank_.device, step);
+        const ChunkInputs& chunk = inputs_.chunks[0];
         const Matrix<floatX> ln1 = t_->ln1.row_range(0, N), qkv = t_->qkv.row_range(0, N),
                              out = t_->out.row_range(0, N);
-        const floatX* logits = nullptr;
+        std::vector<floatX> logits;
 
         const Chain chain{int(g.layers), false};
         for (int n = 0; n < chain.length(); ++n) {
@@ -71,14 +74,14 @@ public:
             const Matrix<floatR> x = t_->x.row_range(0, N);
             switch (op.part) {
                 case Part::embed:
-                    embed_forward(ctx_, rank_.w, x, tokens.data(), positions.data());
+                    embed_forward(ctx_, rank_.w, x, chunk.rows);
                     break;
                 case Part::pre:
                     pre_attention_forward(ctx_, w, ln1, t_->norm, qkv, x);
                     break;
                 case Part::attention:
                     attention_block_forward(ctx_, out, t_->lse.row_range(0, N), qkv, t_->stores[size_t(op.layer)],
-                                            segments);
+                                            chunk.segments);
                     break;
                 case Part::post:
                     post_attention_forward(ctx_, w, t_->y.row_range(0, N), std::nullopt, x, out);
@@ -86,7 +89,10 @@ public:
                     break;
                 case Part::head: {
                     Allocator workspace = ctx_.workspace;
-                    logits = head_logits(ctx_, rank_.w, HeadWorkspace(workspace, 1, g), x.row_range(N - 1, 1)).data;
+                    const Matrix<floatX> row =
+                        head_logits(ctx_, rank_.w, HeadWorkspace(workspace, 1, g), x.row_range(N - 1, 1));
+                    logits.resize(size_t(g.vocab));
+                    download(rank_.device, logits.data(), row.data, g.vocab);
                     break;
                 }
             }
@@ -98,7 +104,8 @@ public:
 private:
     Rank& rank_;
     BlockContext ctx_;
-    std::vector<std::byte> memory_;
+    DeviceMemory<std::byte> memory_;
+    StepInputs inputs_;
     std::optional<DecoderTensors> t_;
     int64_t length_ = 0;  // tokens in the stores
 
@@ -125,8 +132,10 @@ private:
 
 // Index drawn from softmax(logits / temperature) over the `top_k` largest (0 = all); the largest at temperature 0.
 // `u` is uniform in [0, 1).
-inline int32_t sample_token(const floatX* logits /*[V]*/, int64_t V, double temperature, int64_t top_k, double u) {
-    std::vector<int32_t> order(static_cast<size_t>(V));
+inline int32_t sample_token(const std::vector<floatX>& values /*[V]*/, double temperature, int64_t top_k, double u) {
+    const floatX* logits = values.data();
+    const int64_t V = int64_t(values.size());
+    std::vector<int32_t> order(values.size());
     std::iota(order.begin(), order.end(), 0);
     const auto larger = [&](int32_t a, int32_t b) {
         return float(logits[a]) != float(logits[b]) ? float(logits[a]) > float(logits[b]) : a < b;
@@ -176,13 +185,12 @@ inline void generate_on_rank(const Config& c, const ModelFile& file, const Token
             decoder.clear();
             fed = int64_t(text.size()) - std::max<int64_t>(context / 2, 1);
         }
-        const floatX* logits = decoder.append(std::span(text).subspan(size_t(fed)));
+        const std::vector<floatX> logits = decoder.append(std::span(text).subspan(size_t(fed)));
         fed = int64_t(text.size());
         std::string drawn;
-        if (logits) {
+        if (!logits.empty()) {
             const double u = uniform(uint64_t(c.training.seed), 0, uint64_t(i));
-            drawn =
-                std::to_string(sample_token(logits, options.model.vocab, c.generate.temperature, c.generate.top_k, u));
+            drawn = std::to_string(sample_token(logits, c.generate.temperature, c.generate.top_k, u));
         }
         const int32_t next = std::stoi(transport.all_gather(drawn)[head]);
         if (next == tokenizer.end_of_text()) break;

@@ -54,21 +54,16 @@ public:
     const GptConfig& model() const { return model_; }
     int64_t batch_tokens() const { return config_.data.batch_tokens ? config_.data.batch_tokens : 8 * model_.context; }
 
-    void load(Rank& rank) const { load(rank, rank.weights); }
+    // Files hold more precision than is kept.
+    void load(Rank& rank) const {
+        std::vector<floatS> flat(static_cast<size_t>(flat_size(rank.parameters)));
+        init_from_huggingface(directory_, {rank.options.model, rank.parameters, flat.data()});
+        const std::vector<floatX> rounded(flat.begin(), flat.end());
+        upload(rank.device, rank.weights, rounded.data(), int64_t(rounded.size()));
+    }
 
 private:
     const Config& config_;
     std::string directory_, tokenizer_;
     GptConfig model_;
-
-    void load(Rank& rank, floatS* weights) const {
-        init_from_huggingface(directory_, {rank.options.model, rank.parameters, weights});
-    }
-    template <class X>
-    void load(Rank& rank, X* weights) const {  // files hold more precision than is kept
-        std::vector<floatS> flat(static_cast<size_t>(flat_size(rank.parameters)));
-        load(rank, flat.data());
-        copy_rows(rank.device, Matrix<X>(weights, 1, int64_t(flat.size())),
-                  Matrix<floatS>(flat.data(), 1, int64_t(flat.size())));
-    }
 };

@@ -185,7 +185,7 @@ inline int plan_command(const Config& c, const RankOptions& options) {
         op_times.forward.assign(size_t(chunks), {given[0], given[1], given[2]});
     } else {
         const int threads = c.threads();
-        const double gflops = std::is_same_v<floatX, bf16> ? measure_bf16_peak(threads) : measure_fp32_peak(threads);
+        const double gflops = measure_matrix_peak(threads);
         op_times.forward = arithmetic_times(options.model, step.chunks, step.rules(), 1e6 * gflops);
         op_times.attention_backward = 2.5;  // five products for two: scores are computed again
         times = format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak)";

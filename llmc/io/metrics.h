@@ -19,8 +19,9 @@ struct StepRecord {
 };
 
 struct MetricKey {
+    using Value = std::optional<double> StepRecord::*;
     const char* name;
-    std::optional<double> StepRecord::*value;
+    Value value;
 };
 inline constexpr MetricKey metric_keys[] = {
     {"loss", &StepRecord::loss},

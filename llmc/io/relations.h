@@ -61,6 +61,14 @@ inline const std::vector<Relation>& relation_table() {
             return "a head takes channels / heads; use --channels " + to_string(round_up(C, NH)) +
                    " or --heads " + to_string(fewer);
         }},
+#ifdef USE_CUDA
+        {TRAIN | PLAN, {"channels", "heads"}, [](const Config& c) -> string {
+            const int64_t C = c.model.channels, NH = c.model.heads;
+            if (!C || !NH || C % NH || (C / NH % 8 == 0 && C / NH <= 128)) return "";
+            return "on a GPU a head has a multiple of 8 channels, at most 128; use --channels " +
+                   to_string(NH * std::clamp<int64_t>(round_up(C / NH, 8), 8, 128));
+        }},
+#endif
         {TRAIN, {"vocab", "tokenizer"}, [](const Config& c) -> string {
             const int64_t least = tokenizer_vocab(c.data.tokenizer);
             if (!c.model.vocab || c.model.vocab >= least || !c.run.init_from.empty()) return "";

@@ -5,20 +5,48 @@
 //   o_i  = sum_j p_ij v_j
 //   dv_j = sum_i p_ij do_i     dp_ij = do_i . v_j     ds_ij = p_ij (dp_ij - D_i)     D_i = sum_j p_ij dp_ij = do_i .
 //   o_i dq_i = scale sum_j ds_ij k_j                      dk_j = scale sum_i ds_ij q_i
+//
+// The model calls attention_forward and attention_backward at the end of this file.
 #pragma once
-
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <span>
+#include <vector>
 
 #include "llmc/common.h"
-#include "llmc/cpu.h"
 #include "llmc/device.h"
 
-// One segment of a chunk: `length` queries of one sequence, and the keys and values that they see.
+// One segment of a chunk: rows [begin, begin + length) of the chunk, after `context` earlier tokens of the same
+// sequence. A slice has its keys and values in the store of its sequence, [context + length, 2C], where slices to come
+// find them, too; every other segment has context 0, and its keys and values in qkv. A chunk has one slice at most.
+struct SegmentRows {
+    int64_t begin, length, context;
+    bool sliced;
+};
+
+// Up to a fixed number of queries, or of keys, of a segment: what a block of threads works on, for one head.
+struct AttentionTile {
+    SegmentRows segment;
+    int64_t first;  // query (row of the segment), or key (token of its sequence)
+};
+
+// The segments of a chunk. A GPU needs their tiles, too, in its own memory: attention_tiles(rows).
+struct Segments {
+    std::span<const SegmentRows> rows;
+    const AttentionTile* tiles = nullptr;
+
+    Segments(const std::vector<SegmentRows>& rows, const AttentionTile* tiles = nullptr) : rows(rows), tiles(tiles) {}
+};
+
+#ifndef USE_CUDA
+
+#include <omp.h>
+
+#include "llmc/cpu.h"
+
+// A segment and where its keys and values are.
 template <class X, class S>
 struct AttentionSegmentOf {
     int64_t begin, length;  // rows [begin, begin + length) of q, out, dq are its queries
@@ -178,3 +206,179 @@ inline void attention_backward(const Device& device, Matrix<floatX> dq /*[N,C]*/
         else attention_backward_blocks<Blocks>(device, dq, dout, out, q, lse, segments, heads);
     });
 }
+
+// Segments with their keys and values, which are in qkv or, of a slice, in the store.
+inline std::vector<AttentionSegment> attention_segments(const Segments& segments, Matrix<const floatX> qkv,
+                                                        Matrix<const floatX> store) {
+    const int64_t C = qkv.cols / 3;
+    std::vector<AttentionSegment> list;
+    for (const SegmentRows& r : segments.rows) {
+        AttentionSegment s{};
+        s.begin = r.begin;
+        s.length = r.length;
+        s.context = r.context;
+        s.k = r.sliced ? store.data : qkv.row(r.begin) + C;
+        s.v = s.k + C;
+        s.kv_stride = r.sliced ? store.stride : qkv.stride;
+        list.push_back(s);
+    }
+    return list;
+}
+
+inline void attention_forward(const Device& device, Matrix<floatX> out /*[N,C]*/, Matrix<floatS> lse /*[N,NH]*/,
+                              Matrix<const floatX> qkv /*[N,3C]*/, Matrix<const floatX> store /*[T,2C]*/,
+                              const Segments& segments, int heads) {
+    attention_forward(device, out, lse, qkv.column_range(0, out.cols), attention_segments(segments, qkv, store), heads);
+}
+
+// The gradients of keys and values are written to d_qkv; those of a slice are added to d_store, in fp32.
+inline void attention_backward(const Device& device, Matrix<floatX> d_qkv /*[N,3C]*/, Matrix<floatS> d_store /*[T,2C]*/,
+                               Matrix<const floatX> d_out /*[N,C]*/, Matrix<const floatX> out /*[N,C]*/,
+                               Matrix<const floatS> lse /*[N,NH]*/, Matrix<const floatX> qkv /*[N,3C]*/,
+                               Matrix<const floatX> store /*[T,2C]*/, const Segments& segments, int heads) {
+    const int64_t C = out.cols;
+    std::vector<AttentionSegment> list = attention_segments(segments, qkv, store);
+    for (size_t i = 0; i < list.size(); i++) {
+        AttentionSegment& s = list[i];
+        if (segments.rows[i].sliced) {
+            s.dk_sum = d_store.data;
+            s.dv_sum = d_store.data + C;
+            s.sum_stride = d_store.stride;
+        } else {
+            s.dk = d_qkv.row(s.begin) + C;
+            s.dv = s.dk + C;
+            s.dkv_stride = d_qkv.stride;
+        }
+    }
+    attention_backward(device, d_qkv.column_range(0, C), d_out, out, qkv.column_range(0, C), lse, list, heads);
+}
+
+#else
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA. A block of threads works on one tile of queries or of keys and passes over the keys or queries that it meets,
+// so that every sum has one owner and one order. The backward pass is two such passes: one over keys for dq, one over
+// queries for dk and dv; both compute the scores again.
+
+struct AttentionInputs {
+    Matrix<const floatX> qkv /*[N,3C]*/, store /*[T,2C]*/;
+    int heads, head_size;
+};
+
+// What the blocks of one segment and head read: row 0 is the first query, or the first key. Values lie C after keys.
+struct AttentionRows {
+    const floatX *q, *k;
+    int64_t q_stride, kv_stride;
+};
+
+__device__ inline AttentionRows attention_rows(const AttentionInputs& in, const SegmentRows& segment, int head) {
+    const int64_t C = int64_t(in.heads) * in.head_size, column = int64_t(head) * in.head_size;
+    const floatX* q = in.qkv.row(segment.begin) + column;
+    if (segment.sliced) return {q, in.store.data + column, in.qkv.stride, in.store.stride};
+    return {q, q + C, in.qkv.stride, in.qkv.stride};
+}
+
+#if defined(PRECISION_BF16)
+#include "llmc/kernels/attention_mma.cuh"
+#else
+#include "llmc/kernels/attention_fp32.cuh"
+#endif
+
+// How many tiles of queries, and of keys, a chunk has.
+inline int64_t attention_query_tiles(std::span<const SegmentRows> rows) {
+    int64_t tiles = 0;
+    for (const SegmentRows& r : rows) tiles += ceil_div(r.length, ATTENTION_QUERIES);
+    return tiles;
+}
+inline int64_t attention_key_tiles(std::span<const SegmentRows> rows) {
+    int64_t tiles = 0;
+    for (const SegmentRows& r : rows) tiles += ceil_div(r.context + r.length, ATTENTION_KEYS);
+    return tiles;
+}
+// The most tiles that a chunk of so many tokens has, in a sequence of `context` tokens: each token may be a segment.
+inline int64_t attention_most_tiles(int64_t tokens, int64_t context) {
+    return 2 * tokens + ceil_div(context, ATTENTION_KEYS);
+}
+
+// The tiles of a chunk, on the host: those of queries, then those of keys. Blocks begin in this order, the ones with
+// the most work first, so that none of them is left running alone at the end.
+inline std::vector<AttentionTile> attention_tiles(std::span<const SegmentRows> rows) {
+    std::vector<AttentionTile> queries, keys;
+    for (const SegmentRows& r : rows) {
+        for (int64_t i = 0; i < r.length; i += ATTENTION_QUERIES) queries.push_back({r, i});
+        for (int64_t j = 0; j < r.context + r.length; j += ATTENTION_KEYS) keys.push_back({r, j});
+    }
+    std::stable_sort(queries.begin(), queries.end(), [](const AttentionTile& a, const AttentionTile& b) {
+        return a.segment.context + a.first > b.segment.context + b.first;
+    });
+    const auto unseen = [](const AttentionTile& t) {  // queries before the first one that sees the keys
+        return std::max<int64_t>(0, t.first - t.segment.context);
+    };
+    std::stable_sort(keys.begin(), keys.end(), [&](const AttentionTile& a, const AttentionTile& b) {
+        return a.segment.length - unseen(a) > b.segment.length - unseen(b);
+    });
+    queries.insert(queries.end(), keys.begin(), keys.end());
+    return queries;
+}
+
+// D = rowsum(d_out * out) of each head; one thread each.
+__global__ void attention_dot_kernel(float* D /*[N,NH]*/, Matrix<const floatX> d_out, Matrix<const floatX> out,
+                                     int heads, int head_size) {
+    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= out.rows * heads) return;
+    const int64_t row = i / heads, column = i % heads * head_size;
+    float sum = 0;
+    for (int c = 0; c < head_size; c += PACK) {
+        const Floats a = load(d_out.row(row) + column + c), b = load(out.row(row) + column + c);
+        for (int e = 0; e < PACK; e++) sum += a[e] * b[e];
+    }
+    D[i] = sum;
+}
+
+// Bytes of device.scratch that both directions need for chunks of up to `tokens` tokens: D.
+inline size_t attention_scratch_bytes(int /*threads*/, int64_t /*head_size*/, int heads, int64_t tokens) {
+    return size_t(tokens) * heads * sizeof(float);
+}
+
+// call.template operator()<W>() with the columns W of a tile in shared memory: the head size and zeros.
+template <class Call>
+void attention_dispatch(int64_t head_size, Call call) {
+    if (head_size % PACK != 0 || head_size > 128)
+        throw Failure(EXIT_CONFIG, "attention on a GPU was asked for heads of " + std::to_string(head_size) +
+                                       " channels; choose a multiple of 8 up to 128");
+    if (head_size <= 32) call.template operator()<32>();
+    else if (head_size <= 64) call.template operator()<64>();
+    else call.template operator()<128>();
+}
+
+inline void attention_forward(const Device& device, Matrix<floatX> out /*[N,C]*/, Matrix<floatS> lse /*[N,NH]*/,
+                              Matrix<const floatX> qkv /*[N,3C]*/, Matrix<const floatX> store /*[T,2C]*/,
+                              const Segments& segments, int heads) {
+    const AttentionInputs in{qkv, store, heads, int(out.cols / heads)};
+    const dim3 blocks(unsigned(attention_query_tiles(segments.rows)), unsigned(heads));
+    attention_dispatch(in.head_size, [&]<int W>() {
+        launch(attention_forward_kernel<W>, blocks, ATTENTION_THREADS, attention_forward_bytes<W>, device.stream, out,
+               lse, in, segments.tiles);
+    });
+}
+
+// The gradients of keys and values are written to d_qkv; those of a slice are added to d_store, in fp32.
+inline void attention_backward(const Device& device, Matrix<floatX> d_qkv /*[N,3C]*/, Matrix<floatS> d_store /*[T,2C]*/,
+                               Matrix<const floatX> d_out /*[N,C]*/, Matrix<const floatX> out /*[N,C]*/,
+                               Matrix<const floatS> lse /*[N,NH]*/, Matrix<const floatX> qkv /*[N,3C]*/,
+                               Matrix<const floatX> store /*[T,2C]*/, const Segments& segments, int heads) {
+    const AttentionInputs in{qkv, store, heads, int(out.cols / heads)};
+    const int64_t query_tiles = attention_query_tiles(segments.rows), key_tiles = attention_key_tiles(segments.rows);
+    float* D = device.scratch_as<float>(size_t(out.rows) * heads);
+    launch(attention_dot_kernel, dim3(unsigned(ceil_div(out.rows * heads, 256))), 256, 0, device.stream, D, d_out, out,
+           heads, in.head_size);
+    attention_dispatch(in.head_size, [&]<int W>() {
+        launch(attention_backward_queries_kernel<W>, dim3(unsigned(query_tiles), unsigned(heads)), ATTENTION_THREADS,
+               attention_backward_queries_bytes<W>, device.stream, d_qkv, d_out, lse, D, in, segments.tiles);
+        launch(attention_backward_keys_kernel<W>, dim3(unsigned(key_tiles), unsigned(heads)), ATTENTION_THREADS,
+               attention_backward_keys_bytes<W>, device.stream, d_qkv, d_store, d_out, lse, D, in,
+               segments.tiles + query_tiles);
+    });
+}
+
+#endif

@@ -5,13 +5,15 @@
 //
 // Double uses the first form and std::tanh. Float uses the second, which has no cancellation and needs one exponential
 // and one division; it is free of branches and calls, so that loops over it vectorise at whatever width they are
-// compiled for.
+// compiled for. Kernels call it, too.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+
+#include "llmc/common.h"
 
 constexpr double GELU_SCALE = 0.79788456080286535588;  // sqrt(2/pi)
 constexpr double GELU_CUBIC = 0.044715;
@@ -25,8 +27,11 @@ inline double gelu_gradient(double x) {
 
 // exp(x) to 1e-7, |x| held below 87 (on its bits: g++ turns a comparison of floats into branches and splits the loop).
 // x = n ln 2 + r with |r| <= ln 2 / 2: adding 1.5 * 2^23 rounds to the integer n and leaves it in the low bits, from
-// where a shift carries it into the exponent of 2^n.
-[[gnu::always_inline]] inline float gelu_exp(float x) {
+// where a shift carries it into the exponent of 2^n. A GPU has an instruction for 2^r, which its expf() uses.
+[[gnu::always_inline]] HOST_DEVICE inline float gelu_exp(float x) {
+#ifdef __CUDA_ARCH__
+    return expf(fminf(fmaxf(x, -87.f), 87.f));
+#else
     const int32_t bits = std::bit_cast<int32_t>(x), sign = bits & int32_t(0x80000000);
     x = std::bit_cast<float>(std::min(bits ^ sign, std::bit_cast<int32_t>(87.f)) | sign);
     const float shifted = x * 1.44269504f + 12582912.f;
@@ -41,17 +46,27 @@ inline double gelu_gradient(double x) {
     p = p * r + 5.0000001201e-1f;
     const float scale = std::bit_cast<float>((std::bit_cast<int32_t>(shifted) << 23) + 0x3f800000);
     return (p * r * r + r + 1.f) * scale;
+#endif
 }
 
-[[gnu::always_inline]] inline float gelu_value(float x) {
+// a / b for b from 1 to 2^126.
+[[gnu::always_inline]] HOST_DEVICE inline float gelu_ratio(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fdividef(a, b);  // to 2 units in the last place, in two instructions
+#else
+    return a / b;
+#endif
+}
+
+[[gnu::always_inline]] HOST_DEVICE inline float gelu_value(float x) {
     const float y = x * (float(2 * GELU_SCALE) + float(2 * GELU_SCALE * GELU_CUBIC) * x * x);
-    return x / (1.f + gelu_exp(-y));
+    return gelu_ratio(x, 1.f + gelu_exp(-y));
 }
 
-[[gnu::always_inline]] inline float gelu_gradient(float x) {
+[[gnu::always_inline]] HOST_DEVICE inline float gelu_gradient(float x) {
     const float xx = x * x;
     const float y = x * (float(2 * GELU_SCALE) + float(2 * GELU_SCALE * GELU_CUBIC) * xx);
     const float slope = float(2 * GELU_SCALE) + float(6 * GELU_SCALE * GELU_CUBIC) * xx;
-    const float e = gelu_exp(-y), s = 1.f / (1.f + e);
+    const float e = gelu_exp(-y), s = gelu_ratio(1.f, 1.f + e);
     return s + x * slope * (s * (e * s));
 }

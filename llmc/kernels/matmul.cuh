@@ -21,6 +21,8 @@
 #include <algorithm>
 
 #include "llmc/device.h"
+
+#ifndef USE_CUDA
 #include "llmc/kernels/matmul_micro.h"
 
 // The specification, and the form that fp64 tests run.
@@ -200,3 +202,239 @@ inline void matmul_backward_weight(const Device& device, Matrix<floatS> dweight 
     Epilogue<floatX, floatS> e{.out = dweight, .accumulate = true, .left_sums = dbias};
     multiply<floatX>(device, {dout.data, dout.stride, false}, {in.data, in.stride, false}, dout.rows, e);
 }
+
+#else
+// ---------------------------------------------------------------------------------------------------------------------
+// On a GPU the products are cuBLASLt's. It counts in columns: a row-major [rows, cols] is its cols x rows matrix with
+// the stride as leading dimension, so that each product is computed transposed, out^T = right^T left^T.
+
+#include "llmc/kernels/gelu.h"
+
+enum class Activation { none, gelu };
+
+#define CUBLAS_CHECK(call) check_cublas((call), #call, __FILE__, __LINE__)
+
+inline void check_cublas(cublasStatus_t status, const char* call, const char* file, int line) {
+    if (status != CUBLAS_STATUS_SUCCESS)
+        throw Failure(EXIT_HARDWARE, std::string(call) + " (" + file + ":" + std::to_string(line) +
+                                         ") failed: " + cublasLtGetStatusString(status));
+}
+
+// What cuBLASLt may use, and room for the partial sums of bias gradients.
+constexpr size_t MATMUL_WORKSPACE_BYTES = 32 << 20;
+inline size_t matmul_scratch_bytes(int /*threads*/) { return MATMUL_WORKSPACE_BYTES; }
+
+template <class T>
+constexpr cudaDataType cuda_type = std::is_same_v<T, bf16> ? CUDA_R_16BF : CUDA_R_32F;
+
+// out [rows, cols] = left(rows, depth) right(depth, cols) in row-major terms. An operand is transposed if it lies the
+// other way round: left as [depth, rows], right as [cols, depth].
+template <class Out>
+struct Product {
+    Matrix<Out> out;
+    Matrix<const floatX> left, right;
+    bool left_transposed = false, right_transposed = false;
+    bool accumulate = false;               // out += instead of =
+    const floatX* bias = nullptr;          // [cols]
+    bool gelu = false;                     // after the bias,
+    Matrix<floatX> pre_activation = {};    // whose input is kept here when given
+    Matrix<const floatX> gelu_input = {};  // when given the result is multiplied by gelu'(gelu_input)
+
+    int64_t depth() const { return left_transposed ? left.rows : left.cols; }
+    cublasLtEpilogue_t epilogue() const {
+        if (gelu_input.data) return CUBLASLT_EPILOGUE_DGELU;
+        if (gelu) return pre_activation.data ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_BIAS;
+        return bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    }
+    // Products with equal keys run the same algorithm.
+    MatmulKey key() const {
+        return {out.rows,
+                out.cols,
+                depth(),
+                out.stride,
+                left.stride,
+                right.stride,
+                left_transposed,
+                right_transposed,
+                accumulate,
+                int64_t(epilogue()),
+                int64_t(cuda_type<Out>)};
+    }
+};
+
+// The objects that describe a product to cuBLASLt.
+struct MatmulDescription {
+    cublasLtMatmulDesc_t product = nullptr;
+    cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
+
+    template <class Out>
+    explicit MatmulDescription(const Product<Out>& p) {
+        CUBLAS_CHECK(cublasLtMatmulDescCreate(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));  // fp32 without TF32
+        set(CUBLASLT_MATMUL_DESC_TRANSA, p.right_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(CUBLASLT_MATMUL_DESC_TRANSB, p.left_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue());
+        if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
+        const void* kept = p.gelu_input.data ? p.gelu_input.data : p.pre_activation.data;
+        if (kept) {
+            set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, kept);
+            set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD,
+                p.gelu_input.data ? p.gelu_input.stride : p.pre_activation.stride);
+        }
+        a = layout(p.right), b = layout(p.left), d = layout(p.out);
+    }
+    ~MatmulDescription() {
+        for (cublasLtMatrixLayout_t l : {a, b, d})
+            if (l) cublasLtMatrixLayoutDestroy(l);
+        if (product) cublasLtMatmulDescDestroy(product);
+    }
+    MatmulDescription(const MatmulDescription&) = delete;
+    MatmulDescription& operator=(const MatmulDescription&) = delete;
+
+private:
+    template <class Value>
+    void set(cublasLtMatmulDescAttributes_t attribute, const Value& value) {
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(product, attribute, &value, sizeof value));
+    }
+    template <class T>
+    static cublasLtMatrixLayout_t layout(const Matrix<T>& m) {
+        cublasLtMatrixLayout_t layout = nullptr;
+        CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, cuda_type<std::remove_const_t<T> >, uint64_t(m.cols),
+                                                uint64_t(m.rows), m.stride));
+        return layout;
+    }
+};
+
+// The algorithm that cuBLASLt's heuristic puts first; none where it has none for such a product.
+inline std::optional<cublasLtMatmulAlgo_t> find_algorithm(const Device& device, const MatmulDescription& m) {
+    cublasLtMatmulPreference_t preference = nullptr;
+    CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
+    const size_t workspace = MATMUL_WORKSPACE_BYTES;
+    const uint32_t alignment = 16;  // of rows anywhere in a matrix
+    cublasLtMatmulHeuristicResult_t found{};
+    int count = 0;
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
+        if (status == CUBLAS_STATUS_SUCCESS)
+            status = cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value);
+    };
+    set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace);
+    for (const auto operand : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                               CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        set(operand, alignment);
+    if (status == CUBLAS_STATUS_SUCCESS)
+        status =
+            cublasLtMatmulAlgoGetHeuristic(device.blas, m.product, m.a, m.b, m.d, m.d, preference, 1, &found, &count);
+    cublasLtMatmulPreferenceDestroy(preference);
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) return std::nullopt;
+    CUBLAS_CHECK(status);
+    return found.algo;
+}
+
+// Whether cuBLASLt has run the product.
+template <class Out>
+bool try_multiply(const Device& device, const Product<Out>& p) {
+    if (p.out.rows == 0 || p.out.cols == 0) return true;
+    const MatmulDescription m(p);
+    const auto [known, is_new] = device.algorithms->try_emplace(p.key());
+    if (is_new) known->second = find_algorithm(device, m);
+    if (!known->second) return false;
+    const float one = 1, beta = p.accumulate;
+    CUBLAS_CHECK(cublasLtMatmul(
+        device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, p.out.data, m.d, p.out.data, m.d,
+        &*known->second, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES), MATMUL_WORKSPACE_BYTES, device.stream));
+    return true;
+}
+
+// What an epilogue would have done, where cuBLASLt has none for the type or shape: a thread for 8 neighbours.
+//   out = out + bias, then GELU if wanted; out = out gelu'(gelu_input)
+__global__ void __launch_bounds__(256) epilogue_kernel(Matrix<floatX> out, const floatX* bias, bool gelu,
+                                                       Matrix<floatX> pre_activation, Matrix<const floatX> gelu_input) {
+    const int64_t packs = out.cols / PACK, i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= out.rows * packs) return;
+    const int64_t row = i / packs, col = i % packs * PACK;
+    Floats x = load(out.row(row) + col);
+    if (bias) {
+        const Floats b = load(bias + col);
+        for (int k = 0; k < PACK; k++) x[k] += b[k];
+    }
+    if (pre_activation.data) store(pre_activation.row(row) + col, x);
+    for (int k = 0; k < PACK && gelu; k++) x[k] = gelu_value(x[k]);
+    if (gelu_input.data) {
+        const Floats input = load(gelu_input.row(row) + col);
+        for (int k = 0; k < PACK; k++) x[k] *= gelu_gradient(input[k]);
+    }
+    store(out.row(row) + col, x);
+}
+
+template <class Out>
+void multiply(const Device& device, Product<Out> p) {
+    if (try_multiply(device, p)) return;
+    Product<Out> plain = p;
+    plain.bias = nullptr, plain.gelu = false, plain.pre_activation = {}, plain.gelu_input = {};
+    if (plain.epilogue() == p.epilogue() || !try_multiply(device, plain))
+        throw Failure(EXIT_HARDWARE, "cuBLASLt has no algorithm for a product of " + std::to_string(p.out.rows) +
+                                         " x " + std::to_string(p.depth()) + " x " + std::to_string(p.out.cols) +
+                                         " " PRECISION_NAME " elements on this GPU");
+    if constexpr (std::is_same_v<Out, floatX>)
+        launch(epilogue_kernel, dim3(unsigned(ceil_div(p.out.rows * (p.out.cols / PACK), 256))), 256, 0, device.stream,
+               p.out, p.bias, p.gelu, p.pre_activation, p.gelu_input);
+}
+
+// Sums of the columns of dout, in at most 64 blocks of rows that depend on N alone, then over the blocks in order. A
+// warp has 256 columns of one block.
+constexpr int64_t column_sum_blocks = 64;
+
+__global__ void __launch_bounds__(256)
+    column_sums_kernel(float* partial /*[blocks, OC]*/, Matrix<const floatX> dout, int64_t height) {
+    const int64_t warp = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / WARP;
+    const int64_t col = (warp * WARP + threadIdx.x % WARP) * PACK;
+    if (col >= dout.cols) return;
+    const int64_t begin = blockIdx.y * height, end = min(begin + height, dout.rows);
+    Floats sum = {};
+    for (int64_t row = begin; row < end; row++) {
+        const Floats d = load(dout.row(row) + col);
+        for (int k = 0; k < PACK; k++) sum[k] += d[k];
+    }
+    store(partial + blockIdx.y * dout.cols + col, sum);
+}
+__global__ void __launch_bounds__(256)
+    add_partial_sums_kernel(float* sums /*[n] +=*/, const float* partial /*[blocks, n]*/, int64_t n, int64_t blocks) {
+    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float sum = 0;
+    for (int64_t b = 0; b < blocks; b++) sum += partial[b * n + i];
+    sums[i] += sum;
+}
+
+inline void matmul_forward(const Device& device, Matrix<floatX> out /*[N,OC]*/, Matrix<const floatX> in /*[N,IC]*/,
+                           Matrix<const floatX> weight /*[OC,IC]*/, const floatX* bias /*[OC] or null*/,
+                           Activation activation = Activation::none, Matrix<floatX> pre_activation = {} /*[N,OC]*/) {
+    multiply<floatX>(device, {.out = out,
+                              .left = in,
+                              .right = weight,
+                              .right_transposed = true,
+                              .bias = bias,
+                              .gelu = activation == Activation::gelu,
+                              .pre_activation = pre_activation});
+}
+
+inline void matmul_backward_input(const Device& device, Matrix<floatX> din /*[N,IC]*/,
+                                  Matrix<const floatX> dout /*[N,OC]*/, Matrix<const floatX> weight /*[OC,IC]*/,
+                                  Matrix<const floatX> pre_activation = {} /*[N,IC]*/) {
+    multiply<floatX>(device, {.out = din, .left = dout, .right = weight, .gelu_input = pre_activation});
+}
+
+inline void matmul_backward_weight(const Device& device, Matrix<floatS> dweight /*[OC,IC]*/,
+                                   floatS* dbias /*[OC] or null*/, Matrix<const floatX> dout /*[N,OC]*/,
+                                   Matrix<const floatX> in /*[N,IC]*/) {
+    multiply<floatS>(device, {.out = dweight, .left = dout, .right = in, .left_transposed = true, .accumulate = true});
+    if (!dbias || dout.rows == 0) return;
+    const int64_t OC = dout.cols, height = std::max<int64_t>(64, ceil_div(dout.rows, column_sum_blocks));
+    const int64_t blocks = ceil_div(dout.rows, height);
+    float* partial = device.scratch_as<float>(size_t(blocks * OC));  // the product before it is done with the scratch
+    launch(column_sums_kernel, dim3(unsigned(ceil_div(OC, 256 * PACK)), unsigned(blocks)), 256, 0, device.stream,
+           partial, dout, height);
+    launch(add_partial_sums_kernel, dim3(unsigned(ceil_div(OC, 256))), 256, 0, device.stream, dbias, partial, OC,
+           blocks);
+}
+#endif

@@ -1,7 +1,9 @@
-// What this machine can do at best, measured: arithmetic by loops that touch registers only, memory by the STREAM
-// triad. The MFU of a step, `doctor` and the benchmarks divide by these. Each takes about 0.2 s.
+// What this machine can do at best, measured: on the CPU arithmetic by loops that touch registers only and memory by
+// the STREAM triad, on a GPU a large product and a copy. The MFU of a step, `doctor` and the benchmarks divide by
+// these. Each takes about 0.2 s.
 #pragma once
 
+#ifndef USE_CUDA
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -126,3 +128,64 @@ inline double measure_bandwidth(int threads) {
         for (int64_t i = size * t / threads; i < size * (t + 1) / threads; i++) a[i] = b[i] = c[i] = 1;
     return best_rate(threads, triad);
 }
+
+// GFLOP/s of products in this build's precision, by so many threads.
+inline double measure_matrix_peak(int threads) {
+    return std::is_same_v<floatX, bf16> ? measure_bf16_peak(threads) : measure_fp32_peak(threads);
+}
+
+#else
+#include "llmc/kernels/matmul.cuh"
+#include "llmc/kernels/random.h"
+
+// Seconds of one of several runs of work(), the fastest of three batches.
+template <class Work>
+double best_seconds_on_gpu(const Device& device, int runs, const Work& work) {
+    cudaEvent_t begin, end;
+    CUDA_CHECK(cudaEventCreate(&begin));
+    CUDA_CHECK(cudaEventCreate(&end));
+    double best = std::numeric_limits<double>::infinity();
+    work();
+    for (int batch = 0; batch < 3; batch++) {
+        CUDA_CHECK(cudaEventRecord(begin, device.stream));
+        for (int n = 0; n < runs; n++) work();
+        CUDA_CHECK(cudaEventRecord(end, device.stream));
+        CUDA_CHECK(cudaEventSynchronize(end));
+        float ms = 0;
+        CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+        best = std::min(best, 1e-3 * double(ms) / runs);
+    }
+    CUDA_CHECK(cudaEventDestroy(begin));
+    CUDA_CHECK(cudaEventDestroy(end));
+    return best;
+}
+
+// GFLOP/s of a large product of random numbers (zeros run faster, at a higher clock).
+inline double measure_matrix_peak(int threads) {
+    constexpr int64_t n = 8192;
+    OpenDevice opened(threads);
+    const DeviceMemory<std::byte> scratch(int64_t(matmul_scratch_bytes(threads)));
+    Device device = opened.device;
+    device.scratch = scratch.data();
+    device.scratch_bytes = size_t(scratch.size());
+    const DeviceMemory<floatX> a(n * n), b(n * n), c(n * n);
+    std::vector<floatX> values(static_cast<size_t>(n * 64));
+    for (size_t i = 0; i < values.size(); i++) values[i] = floatX(float(uniform(1, 2, i)) - 0.5f);
+    for (const DeviceMemory<floatX>* m : {&a, &b})
+        for (int64_t row = 0; row < n; row += 64) upload(device, m->data() + row * n, values.data(), 64 * n);
+    return 2e-9 * double(n * n * n) / best_seconds_on_gpu(device, 10, [&] {
+               matmul_forward(device, {c.data(), n, n}, {a.data(), n, n}, {b.data(), n, n}, nullptr);
+           });
+}
+
+// GB/s of a copy within the GPU's memory, counting what is read and what is written.
+inline double measure_bandwidth(int threads) {
+    constexpr int64_t bytes = int64_t(1) << 30;
+    OpenDevice opened(threads);
+    const DeviceMemory<std::byte> from(bytes), to(bytes);
+    return 2e-9 * double(bytes) / best_seconds_on_gpu(opened.device, 10, [&] {
+               CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), size_t(bytes), cudaMemcpyDeviceToDevice,
+                                          opened.device.stream));
+           });
+}
+#endif

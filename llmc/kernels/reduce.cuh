@@ -1,11 +1,17 @@
 // Reductions over flat arrays: the gradient norm, the sum of losses, the search for values that are not finite.
-// Sums run in double over a fixed number of blocks that are added in order: the bits do not depend on the threads.
+// Sums run in double over a number of blocks that follows from n alone, and these are added in a fixed order: the bits
+// do not depend on the threads.
 #pragma once
 
 #include <limits>
 
 #include "llmc/device.h"
+
+#ifndef USE_CUDA
+
 #include "llmc/kernels/simd.h"
+
+inline size_t reduce_scratch_bytes() { return 0; }
 
 template <class Term>
 double sum_of_terms(const Device& device, const floatS* x /*[n]*/, int64_t n, const Term& term) {
@@ -29,8 +35,9 @@ double sum_of_terms(const Device& device, const floatS* x /*[n]*/, int64_t n, co
     return total;
 }
 
-inline double sum(const Device& device, const floatS* x /*[n]*/, int64_t n) {
-    return sum_of_terms(device, x, n, [](double value) WIDE { return value; });
+// *total += the sum of x
+inline void add_sum(const Device& device, double* total, const floatS* x /*[n]*/, int64_t n) {
+    *total += sum_of_terms(device, x, n, [](double value) WIDE { return value; });
 }
 
 // Squares are taken in double: those of fp32 values overflow at 1.8e19 and vanish below 1e-23.
@@ -55,6 +62,86 @@ int64_t first_nonfinite(const Device& device, const T* x /*[n]*/, int64_t n) {
     }
     return first == none ? -1 : first;
 }
+
+#else
+
+constexpr int REDUCE_THREADS = 256, REDUCE_BLOCKS = 1024;  // as many as an H200 runs at a time
+
+inline size_t reduce_scratch_bytes() { return (REDUCE_BLOCKS + 1) * sizeof(double); }
+
+inline int64_t reduce_blocks(int64_t n) {
+    return std::clamp<int64_t>(ceil_div(n, 4 * REDUCE_THREADS), 1, REDUCE_BLOCKS);
+}
+
+template <bool SQUARES>
+__global__ void partial_sums_kernel(double* partial /*[blocks]*/, const float* x /*[n]*/, int64_t n) {
+    const int64_t step = int64_t(gridDim.x) * blockDim.x;
+    double sum = 0;
+#pragma unroll 4
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
+        const double value = x[i];
+        sum += SQUARES ? value * value : value;
+    }
+    sum = block_sum(sum, shared_memory<double>());
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+// One block: *total = before + the sum of the partial sums.
+__global__ void total_kernel(double* total, const double* partial /*[blocks]*/, int blocks, bool add) {
+    double sum = 0;
+    for (int i = int(threadIdx.x); i < blocks; i += int(blockDim.x)) sum += partial[i];
+    sum = block_sum(sum, shared_memory<double>());
+    if (threadIdx.x == 0) *total = add ? *total + sum : sum;
+}
+
+// *total = the sum, or *total += it.
+template <bool SQUARES>
+void sum_on_device(const Device& device, double* total, const float* x /*[n]*/, int64_t n, bool add) {
+    double* partial = device.scratch_as<double>(REDUCE_BLOCKS);
+    const int64_t blocks = reduce_blocks(n);
+    const size_t shared_bytes = REDUCE_THREADS / WARP * sizeof(double);
+    launch(partial_sums_kernel<SQUARES>, dim3(unsigned(blocks)), REDUCE_THREADS, shared_bytes, device.stream, partial,
+           x, n);
+    launch(total_kernel, dim3(1), REDUCE_THREADS, shared_bytes, device.stream, total, partial, blocks, add);
+}
+
+// *total += the sum of x
+inline void add_sum(const Device& device, double* total /*device*/, const floatS* x /*[n]*/, int64_t n) {
+    sum_on_device<false>(device, total, x, n, true);
+}
+
+// Squares are taken in double, as above. Waits for the GPU.
+inline double sum_of_squares(const Device& device, const floatS* x /*[n]*/, int64_t n) {
+    double* total = device.scratch_as<double>(1, REDUCE_BLOCKS * sizeof(double));
+    sum_on_device<true>(device, total, x, n, false);
+    double sum;
+    download(device, &sum, total, 1);
+    return sum;
+}
+
+template <class T>
+__global__ void first_nonfinite_kernel(unsigned long long* first, const T* x /*[n]*/, int64_t n) {
+    const int64_t step = int64_t(gridDim.x) * blockDim.x;
+#pragma unroll 4
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step)
+        if (const float value = x[i]; value - value != 0) {
+            atomicMin(first, static_cast<unsigned long long>(i));
+            return;
+        }
+}
+
+// Index of the first infinity or NaN in x, -1 if there is none. Waits for the GPU.
+template <class T>
+int64_t first_nonfinite(const Device& device, const T* x /*[n]*/, int64_t n) {
+    auto* first = device.scratch_as<unsigned long long>(1);
+    CUDA_CHECK(cudaMemsetAsync(first, 0xff, sizeof *first, device.stream));  // the greatest index, and -1
+    launch(first_nonfinite_kernel<T>, dim3(unsigned(reduce_blocks(n))), REDUCE_THREADS, 0, device.stream, first, x, n);
+    unsigned long long index;
+    download(device, &index, first, 1);
+    return int64_t(index);
+}
+
+#endif
 
 template <class T>
 bool all_finite(const Device& device, const T* x /*[n]*/, int64_t n) {

@@ -47,17 +47,17 @@ void for_row_ranges(int64_t N, int64_t chunk, Body body) {
 // embed
 
 inline void embed_forward(const BlockContext& ctx, const ModelTensors<floatX>& weights, Matrix<floatR> x,
-                          const int32_t* tokens /*[N]*/, const int32_t* positions /*[N]*/) {
+                          const TokenRows& rows) {
     const GptConfig& g = ctx.config;
-    encoder_forward(ctx.device, x, tokens, positions, {weights.wte, g.padded_vocab, g.channels},
+    encoder_forward(ctx.device, x, rows, {weights.wte, g.padded_vocab, g.channels},
                     {weights.wpe, g.context, g.channels});
 }
 
 inline void embed_backward(const BlockContext& ctx, const ModelTensors<floatS>& gradients,
-                           Matrix<const floatR> d_residual, const int32_t* tokens, const int32_t* positions) {
+                           Matrix<const floatR> d_residual, const TokenRows& rows) {
     const GptConfig& g = ctx.config;
     encoder_backward(ctx.device, {gradients.wte, g.padded_vocab, g.channels}, {gradients.wpe, g.context, g.channels},
-                     d_residual, tokens, positions);
+                     d_residual, rows);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -116,65 +116,27 @@ inline void qkv_backward_weight(const BlockContext& ctx, const QkvWeights<floatS
 // ---------------------------------------------------------------------------------------------------------------------
 // attention
 
-// One segment of a chunk as attention sees it: rows [begin, begin + length) of the chunk, after `context` earlier
-// tokens of the same sequence. The keys and values of a slice lie in its sequence's store, all others in qkv.
-struct SegmentRows {
-    int64_t begin, length, context;
-    bool sliced;
-};
-
-inline std::vector<AttentionSegment> attention_segments(std::span<const SegmentRows> rows, Matrix<floatX> qkv,
-                                                        Matrix<floatX> store) {
-    const int64_t C = qkv.cols / 3;
-    std::vector<AttentionSegment> segments;
-    for (const SegmentRows& r : rows) {
-        AttentionSegment s{};
-        s.begin = r.begin;
-        s.length = r.length;
-        s.context = r.context;
-        s.k = r.sliced ? store.data : qkv.row(r.begin) + C;
-        s.v = s.k + C;
-        s.kv_stride = r.sliced ? store.stride : qkv.stride;
-        segments.push_back(s);
-    }
-    return segments;
-}
-
-inline void attention_block_forward(const BlockContext& ctx, Matrix<floatX> out, Matrix<floatS> lse, Matrix<floatX> qkv,
-                                    Matrix<floatX> store, std::span<const SegmentRows> rows) {
+// Slices add their keys and values to the store of their sequence, where its later slices find them.
+inline void attention_block_forward(const BlockContext& ctx, Matrix<floatX> out, Matrix<floatS> lse,
+                                    Matrix<const floatX> qkv, Matrix<floatX> store, const Segments& segments) {
     const int64_t C = ctx.config.channels;
-    for (const SegmentRows& r : rows)
+    for (const SegmentRows& r : segments.rows)
         if (r.sliced)
             copy_rows(ctx.device, store.row_range(r.context, r.length),
-                      Matrix<const floatX>(qkv.row_range(r.begin, r.length).column_range(C, 2 * C)));
-    attention_forward(ctx.device, out, lse, qkv.column_range(0, C), attention_segments(rows, qkv, store),
-                      int(ctx.config.heads));
+                      qkv.row_range(r.begin, r.length).column_range(C, 2 * C));
+    attention_forward(ctx.device, out, lse, qkv, store, segments, int(ctx.config.heads));
 }
 
 // d_store sums the gradients of all keys and values of a cut sequence, in fp32, while its slices run backward from the
 // last to the first; those of a slice are complete once the slice itself has run. `last_slice` clears it.
 inline void attention_block_backward(const BlockContext& ctx, Matrix<floatX> d_qkv, Matrix<const floatX> d_out,
-                                     Matrix<const floatX> out, Matrix<const floatS> lse, Matrix<floatX> qkv,
-                                     Matrix<floatX> store, Matrix<floatS> d_store, std::span<const SegmentRows> rows,
+                                     Matrix<const floatX> out, Matrix<const floatS> lse, Matrix<const floatX> qkv,
+                                     Matrix<const floatX> store, Matrix<floatS> d_store, const Segments& segments,
                                      bool last_slice) {
     const int64_t C = ctx.config.channels;
     if (last_slice) fill_zero(ctx.device, d_store);
-    std::vector<AttentionSegment> segments = attention_segments(rows, qkv, store);
-    for (size_t i = 0; i < rows.size(); ++i) {
-        AttentionSegment& s = segments[i];
-        if (rows[i].sliced) {
-            s.dk_sum = d_store.data;
-            s.dv_sum = d_store.data + C;
-            s.sum_stride = d_store.stride;
-        } else {
-            s.dk = d_qkv.row(s.begin) + C;
-            s.dv = s.dk + C;
-            s.dkv_stride = d_qkv.stride;
-        }
-    }
-    attention_backward(ctx.device, d_qkv.column_range(0, C), d_out, out, qkv.column_range(0, C), lse, segments,
-                       int(ctx.config.heads));
-    for (const SegmentRows& r : rows)
+    attention_backward(ctx.device, d_qkv, d_store, d_out, out, lse, qkv, store, segments, int(ctx.config.heads));
+    for (const SegmentRows& r : segments.rows)
         if (r.sliced)
             copy_rows(ctx.device, d_qkv.row_range(r.begin, r.length).column_range(C, 2 * C),
                       Matrix<const floatS>(d_store.row_range(r.context, r.length)));
@@ -305,41 +267,37 @@ inline Matrix<floatX> head_logits(const BlockContext& ctx, const ModelTensors<fl
     return logits;
 }
 
-// Sum of the losses of the chunk's targets, in nats; targets of -1 count nothing. `losses` [N], when given, receives
-// each one.
-inline double head_forward(BlockContext ctx, const ModelTensors<floatX>& w, Matrix<const floatR> x,
-                           const int32_t* targets /*[N]*/, floatS* losses = nullptr) {
+// Adds the losses of the chunk's targets, in nats, to `total` (on the device); targets of -1 count nothing. `losses`,
+// [N] on the host, when given, receives each one.
+inline void head_forward(BlockContext ctx, const ModelTensors<floatX>& w, double* total, Matrix<const floatR> x,
+                         const int32_t* targets /*[N]*/, floatS* losses = nullptr) {
     const HeadWorkspace ws(ctx.workspace, rows_at_a_time(ctx.head_chunk, x.rows), ctx.config);
-    double total = 0;
     for_row_ranges(x.rows, ctx.head_chunk, [&](int64_t begin, int64_t n) {
         const Matrix<floatX> logits = head_logits(ctx, w, ws, x.row_range(begin, n));
         classifier_forward_backward(ctx.device, ws.losses, logits, targets + begin, ctx.config.vocab, 0, false);
-        total += sum(ctx.device, ws.losses, n);
-        if (losses) std::copy_n(ws.losses, n, losses + begin);
+        add_sum(ctx.device, total, ws.losses, n);
+        if (losses) download(ctx.device, losses + begin, ws.losses, n);
     });
-    return total;
 }
 
 // Loss and gradient in one pass: at most one chunk of logits is alive. `loss_scale` is one over the number of targets
 // in the whole step, on all ranks: the only place where anything is divided by it. Creates d_residual.
-inline double head_backward(BlockContext ctx, const ModelTensors<floatX>& w, const ModelTensors<floatS>& dw,
-                            Matrix<floatR> d_residual, Matrix<const floatR> x, const int32_t* targets,
-                            floatS loss_scale, floatS* losses = nullptr) {
+inline void head_backward(BlockContext ctx, const ModelTensors<floatX>& w, const ModelTensors<floatS>& dw,
+                          Matrix<floatR> d_residual, double* total, Matrix<const floatR> x, const int32_t* targets,
+                          floatS loss_scale, floatS* losses = nullptr) {
     const GptConfig& g = ctx.config;
     const HeadWorkspace ws(ctx.workspace, rows_at_a_time(ctx.head_chunk, x.rows), g);
     fill_zero(ctx.device, d_residual);
-    double total = 0;
     for_row_ranges(x.rows, ctx.head_chunk, [&](int64_t begin, int64_t n) {
         const Matrix<const floatR> rows = x.row_range(begin, n);
         const Matrix<floatX> logits = head_logits(ctx, w, ws, rows), d_ln = ws.d_ln.row_range(0, n);
         classifier_forward_backward(ctx.device, ws.losses, logits, targets + begin, g.vocab, loss_scale, true);
-        total += sum(ctx.device, ws.losses, n);
-        if (losses) std::copy_n(ws.losses, n, losses + begin);
+        add_sum(ctx.device, total, ws.losses, n);
+        if (losses) download(ctx.device, losses + begin, ws.losses, n);
         matmul_backward_input(ctx.device, d_ln, logits, {w.head, g.padded_vocab, g.channels});
         matmul_backward_weight(ctx.device, {dw.head, g.padded_vocab, g.channels}, nullptr, logits,
                                ws.ln.row_range(0, n));
         layernorm_backward(ctx.device, d_residual.row_range(begin, n), dw.lnf_weight, dw.lnf_bias, d_ln, rows, ws.mean,
                            ws.rstd, w.lnf_weight);
     });
-    return total;
 }

@@ -33,22 +33,20 @@ public:
     // gradients or master weights: where a rank has them.
     void compare_tensors(floatS* Rank::*flat, double Errors::*worst) {
         std::vector<double> squares(3 * whole_.size());  // of difference, what is wanted, keys' bias; per parameter
-        std::vector<floatS> received;
         for (const Parameter& p : whole_) {
             const int owner = rank_.options.owner(p.part, p.layer);
-            const floatS* wanted = alone_ ? alone_->*flat + p.offset : nullptr;
-            if (alone_ && owner != 0) send(owner, wanted, p.size());
+            floatS* const from = alone_ ? alone_->*flat + p.offset : nullptr;
+            if (alone_ && owner != 0) exchange({true, owner, from, p.size() * int64_t(sizeof(floatS))});
             if (rank_.index != owner) continue;
-            if (!alone_) {
-                received.resize(size_t(p.size()));
-                receive(received.data(), p.size());
-                wanted = received.data();
-            }
+            DeviceMemory<floatS> received(alone_ ? 0 : p.size());
+            if (!alone_) exchange({false, 0, received.data(), p.size() * int64_t(sizeof(floatS))});
+            HostView<floatS> wanted(rank_.device, alone_ ? from : received.data(), p.size(), true);
             const auto own = std::find_if(rank_.parameters.begin(), rank_.parameters.end(),
                                           [&](const Parameter& held) { return held.index == p.index; });
+            HostView<floatS> values(rank_.device, rank_.*flat + own->offset, p.size(), true);
             const bool qkv_bias = p.name.ends_with("c_attn.bias");
             for (int64_t i = 0; i < p.size(); ++i) {
-                const double want = wanted[i], is = (rank_.*flat)[own->offset + i], difference = is - want;
+                const double want = wanted.data()[i], is = values.data()[i], difference = is - want;
                 double* const sums = &squares[size_t(3 * p.index)];
                 if (qkv_bias && i * 3 / p.cols == 1) {
                     sums[2] += is * is;
@@ -93,12 +91,5 @@ private:
     std::vector<Errors> errors_;  // [parameter] the worst so far
     double worst_loss_ = 0;
 
-    void send(int owner, const floatS* data, int64_t n) {
-        const Transfer transfer{true, owner, const_cast<floatS*>(data), n * int64_t(sizeof(floatS))};
-        rank_.transport.wait(0, rank_.transport.post({&transfer, 1}) + 1);
-    }
-    void receive(floatS* data, int64_t n) {
-        const Transfer transfer{false, 0, data, n * int64_t(sizeof(floatS))};
-        rank_.transport.wait(0, rank_.transport.post({&transfer, 1}) + 1);
-    }
+    void exchange(const Transfer& transfer) { rank_.transport.wait(0, rank_.transport.post({&transfer, 1}) + 1); }
 };

@@ -25,7 +25,7 @@ inline int64_t host_bytes(const std::vector<MemoryPlan>& plans, const Launch& la
 // Refuses what does not fit, `besides` bytes of another kind included. advice(bytes available) says what would fit.
 template <class Advice>
 void check_memory(const Config& c, const std::vector<MemoryPlan>& plans, int64_t besides, Advice advice) {
-    const int64_t available = c.compute.memory ? c.compute.memory : available_memory();
+    const int64_t available = c.compute.memory ? c.compute.memory : available_on_device();
     const int64_t wanted = host_bytes(plans, c.launch) + besides;
     if (wanted > available)
         throw Failure(EXIT_MEMORY, "the plan takes " + bytes_text(wanted) + ", " + bytes_text(available) +

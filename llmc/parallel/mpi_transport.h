@@ -1,5 +1,6 @@
 // Ranks as processes under MPI. `MpiSession` begins and ends MPI, `MpiTransport` sends and receives. Every wait polls,
 // and naps between polls: ranks often share cores, and a rank that waits must not take the core of one that computes.
+// Messages between GPUs pass through memory of the host.
 #pragma once
 
 #define OMPI_SKIP_MPICXX  // MPI's C interface alone
@@ -9,12 +10,13 @@
 #include <signal.h>
 #include <unistd.h>
 
-#include <chrono>
+#include <bit>
 #include <deque>
 #include <exception>
 #include <limits>
-#include <thread>
+#include <map>
 
+#include "llmc/parallel/exchange_stream.h"
 #include "llmc/parallel/launch.h"
 #include "llmc/parallel/transport.h"
 
@@ -76,6 +78,7 @@ public:
     explicit MpiTransport(const MpiSession& session) : Transport(session.launch.rank, session.launch.ranks) {}
 
     // MPI matches the n-th send from a to b with the n-th receive of b from a, as long as all have one tag.
+#ifndef USE_CUDA
     int64_t post(std::span<const Transfer> transfers) override {
         const int64_t first = posted_;
         for (const Transfer& t : transfers) {
@@ -84,9 +87,7 @@ public:
                 const int64_t bytes = std::min(t.bytes - begin, largest_piece_);
                 void* data = static_cast<char*>(t.data) + begin;
                 Piece piece{posted_, t.send ? -1 : bytes, MPI_REQUEST_NULL};
-                check_mpi(t.send ? MPI_Isend(data, int(bytes), MPI_BYTE, t.peer, 0, MPI_COMM_WORLD, &piece.request)
-                                 : MPI_Irecv(data, int(bytes), MPI_BYTE, t.peer, 0, MPI_COMM_WORLD, &piece.request),
-                          t.send ? "MPI_Isend" : "MPI_Irecv");
+                start(piece, t.send, data, bytes, t.peer);
                 open_.push_back(piece);
                 begin += bytes;
             } while (begin < t.bytes);
@@ -100,6 +101,58 @@ public:
             if (piece.number >= begin && piece.number < end) complete(piece);
         while (!open_.empty() && open_.front().request == MPI_REQUEST_NULL) open_.pop_front();
     }
+
+#else
+    // A send is copied to pinned memory and given to MPI once that is done; MPI receives into pinned memory, and what
+    // has arrived is copied to the GPU. The host does all that is due whenever it is here.
+    ~MpiTransport() {
+        for (const Piece& piece : open_) cudaFreeHost(piece.host);
+        for (const auto& [bytes, memory] : pinned_) cudaFreeHost(memory);
+    }
+    void attach(const Device& device) override { exchange_.attach(device); }
+    void abandon() override { exchange_.finish(); }
+
+    int64_t post(std::span<const Transfer> transfers) override {
+        const int64_t first = posted_;
+        const Mark posted = exchange_.mark_compute();
+        for (const Transfer& t : transfers) {
+            int64_t begin = 0;
+            do {
+                const int64_t bytes = std::min(t.bytes - begin, largest_piece_);
+                Piece piece{.number = posted_,
+                            .expected = t.send ? -1 : bytes,
+                            .bytes = bytes,
+                            .peer = t.peer,
+                            .stage = t.send ? Stage::copying : Stage::travelling,
+                            .device = static_cast<char*>(t.data) + begin,
+                            .host = take_pinned(bytes),
+                            .posted = posted};
+                if (t.send) copy(piece, piece.host, piece.device, cudaMemcpyDeviceToHost);
+                else start(piece, false, piece.host, bytes, t.peer);
+                open_.push_back(piece);
+                begin += bytes;
+            } while (begin < t.bytes);
+            ++posted_;
+        }
+        advance();
+        return first;
+    }
+
+    // For receives, the compute stream waits for the copy to the GPU. Sends are complete for the host itself: without
+    // it they do not get on.
+    void wait(int64_t begin, int64_t end) override {
+        for (Piece& piece : open_) {
+            if (piece.number < begin || piece.number >= end) continue;
+            poll_until([&] {
+                advance();
+                return piece.stage == Stage::done || (piece.stage == Stage::copying && piece.expected >= 0);
+            });
+            if (piece.expected >= 0) exchange_.compute_waits(piece.copied);
+            piece.waited = true;
+        }
+        for (; !open_.empty() && open_.front().stage == Stage::done && open_.front().waited; open_.pop_front()) {}
+    }
+#endif
 
 protected:
     std::vector<std::string> gather(const std::string& text) override {
@@ -130,39 +183,105 @@ protected:
     }
 
 private:
+#ifdef USE_CUDA
+    enum class Stage{copying, travelling, done};  // a receive first travels, then is copied
+#endif
     struct Piece {  // of a transfer
         int64_t number = 0;
         int64_t expected = -1;  // bytes that a receive must get
         MPI_Request request = MPI_REQUEST_NULL;
+#ifdef USE_CUDA
+        int64_t bytes = 0;
+        int peer = -1;
+        Stage stage = Stage::copying;
+        void *device = nullptr, *host = nullptr;
+        Mark posted{};        // the compute stream, when the transfer was posted
+        Mark copied{};        // the copy, once the stream is told of it
+        bool waited = false;  // for
+#endif
     };
+#ifdef USE_CUDA
+    static constexpr int64_t largest_piece_ = int64_t(16) << 20;  // so that one is copied while another travels
+#else
     static constexpr int64_t largest_piece_ = int64_t(1) << 30;  // MPI counts in int
+#endif
     int64_t posted_ = 0;
     std::deque<Piece> open_;  // by number; without those at the front that are complete
 
-    // Spins for the first moment, then lets others run, then naps for a part of what it has waited so far: a long wait
-    // costs nothing, and no wait gets longer by more than that part.
-    static void complete(Piece& piece) {
-        using namespace std::chrono_literals;
-        if (piece.request == MPI_REQUEST_NULL) return;
-        const auto begin = std::chrono::steady_clock::now();
-        MPI_Status status;
-        for (int done = false;;) {
-            const int code = MPI_Test(&piece.request, &done, &status);
-            int reason = MPI_SUCCESS;
-            if (code != MPI_SUCCESS) MPI_Error_class(code, &reason);
-            if (reason == MPI_ERR_TRUNCATE)
-                throw std::logic_error("a message meets a receive of " + std::to_string(piece.expected) +
-                                       " bytes, which is too short for it");
-            check_mpi(code, "MPI_Test");
-            if (done) break;
-            const auto waited = std::chrono::steady_clock::now() - begin;
-            if (waited > 100us) std::this_thread::sleep_for(std::min<std::chrono::nanoseconds>(waited / 16, 200us));
-            else if (waited > 20us) sched_yield();
+    static void start(Piece& piece, bool send, void* data, int64_t bytes, int peer) {
+        check_mpi(send ? MPI_Isend(data, int(bytes), MPI_BYTE, peer, 0, MPI_COMM_WORLD, &piece.request)
+                       : MPI_Irecv(data, int(bytes), MPI_BYTE, peer, 0, MPI_COMM_WORLD, &piece.request),
+                  send ? "MPI_Isend" : "MPI_Irecv");
+    }
+
+#ifdef USE_CUDA
+    ExchangeStream exchange_;
+    std::multimap<int64_t, void*> pinned_;  // that nobody uses, by size in bytes
+
+    static int64_t pinned_bytes(int64_t bytes) {
+        return int64_t(std::bit_ceil(uint64_t(std::max<int64_t>(bytes, 4096))));
+    }
+    void* take_pinned(int64_t bytes) {
+        void* memory = nullptr;
+        if (const auto found = pinned_.find(pinned_bytes(bytes)); found != pinned_.end()) {
+            memory = found->second;
+            pinned_.erase(found);
+        } else {
+            CUDA_CHECK(cudaMallocHost(&memory, size_t(pinned_bytes(bytes))));
         }
+        return memory;
+    }
+    void copy(Piece& piece, void* to, const void* from, cudaMemcpyKind kind) {
+        piece.copied = exchange_.new_mark();
+        exchange_.copy(to, from, piece.bytes, piece.posted, nullptr, piece.copied, kind);
+    }
+
+    // Brings every piece as far as it can get without waiting. Sends are given to MPI in their order.
+    void advance() {
+        bool sends_copied = true;  // all so far
+        for (Piece& piece : open_) {
+            const bool send = piece.expected < 0;
+            if (send && piece.stage == Stage::copying) {
+                sends_copied = sends_copied && ExchangeStream::reached(piece.copied);
+                if (!sends_copied) continue;
+                start(piece, true, piece.host, piece.bytes, piece.peer);
+                piece.stage = Stage::travelling;
+            }
+            bool finished = false;
+            if (piece.stage == Stage::travelling && test(piece)) {
+                finished = send;
+                piece.stage = Stage::copying;
+                if (!send) copy(piece, piece.device, piece.host, cudaMemcpyHostToDevice);
+            } else if (piece.stage == Stage::copying && !send) {
+                finished = ExchangeStream::reached(piece.copied);
+            }
+            if (!finished) continue;
+            piece.stage = Stage::done;
+            pinned_.emplace(pinned_bytes(piece.bytes), std::exchange(piece.host, nullptr));
+        }
+    }
+#endif
+
+    static bool test(Piece& piece) {
+        if (piece.request == MPI_REQUEST_NULL) return true;
+        MPI_Status status;
+        int done = false;
+        const int code = MPI_Test(&piece.request, &done, &status);
+        int reason = MPI_SUCCESS;
+        if (code != MPI_SUCCESS) MPI_Error_class(code, &reason);
+        if (reason == MPI_ERR_TRUNCATE)
+            throw std::logic_error("a message meets a receive of " + std::to_string(piece.expected) +
+                                   " bytes, which is too short for it");
+        check_mpi(code, "MPI_Test");
+        if (!done) return false;
         int bytes = 0;
         MPI_Get_count(&status, MPI_BYTE, &bytes);
         if (piece.expected >= 0 && bytes != piece.expected)
             throw std::logic_error("a message of " + std::to_string(bytes) + " bytes meets a receive of " +
                                    std::to_string(piece.expected));
+        return true;
+    }
+    static void complete(Piece& piece) {
+        poll_until([&] { return test(piece); });
     }
 };

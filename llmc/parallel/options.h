@@ -34,5 +34,6 @@ inline RankOptions rank_options(const Config& c, const GptConfig& model, bool tr
             c.threads(),
             training,
             {int(parallel.ranks), rank, parallel.schedule, int(parallel.folds), int(parallel.virtual_stages),
-             parallel.qkv_move == "on", most, least}};
+             parallel.qkv_move == "on", most, least},
+            c.launch.ranks > 1 ? c.launch.local_rank : rank};
 }

@@ -1,14 +1,13 @@
 // A rank: everything that one worker of the training job owns. Two ranks in one process share nothing but the program.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <exception>
 #include <map>
 
 #include "llmc/io/machine.h"
 #include "llmc/parallel/transport.h"
 #include "llmc/pipeline/check.h"
+#include "llmc/pipeline/op_clock.h"
 #include "llmc/pipeline/schedules/accumulate.h"
 #include "llmc/pipeline/schedules/schedules.h"
 #include "llmc/pipeline/step.h"
@@ -37,6 +36,7 @@ struct RankOptions {
     int threads = 1;
     bool training = true;  // without: weights, and activations of the forward pass
     Layout layout = {};
+    int local_rank = 0;  // among those of its host, which share its GPUs
 
     ScheduleInput schedule_input(int chunks, bool training, bool sliced) const {
         const int L = int(model.layers);
@@ -157,7 +157,8 @@ struct Rank {
     Transport& transport;
     MemoryPlan memory;
     std::vector<Parameter> parameters;
-    Device device;
+    OpenDevice opened;
+    Device device;  // with this rank's scratch
 
     floatX* weights = nullptr;    // flat buffers, in the order of parameter_table
     floatS* master = nullptr;     // equals weights when floatX is floatS; null without training
@@ -167,6 +168,9 @@ struct Rank {
     ModelTensors<floatS> dw;
     std::byte* activations;
     std::byte* workspace = nullptr;
+    StepInputs inputs;             // of the step that runs
+    DeviceMemory<double> loss{1};  // sum over the targets that this rank has seen in it
+    OpClock clock{opened.device};
 
     double busy_seconds = 0;             // time spent computing, all in all,
     double post_seconds = 0;             // and posting messages; between threads that includes copying them
@@ -179,9 +183,14 @@ struct Rank {
           transport(transport),
           memory(plan_memory(o)),
           parameters(o.parameters()),
-          activations(map(memory.activations)),
-          base(map(memory.total() - memory.activations)) {
+          opened(o.threads, o.local_rank),
+          device(opened.device),
+          activations(allocate_on_device(memory.activations)),
+          base(allocate_on_device(memory.total() - memory.activations)) {
         omp_set_num_threads(o.threads);  // of this thread's parallel regions from here on
+#ifdef USE_CUDA                          // the CPU's memory comes as zeros
+        CUDA_CHECK(cudaMemsetAsync(base, 0, size_t(memory.total() - memory.activations), device.stream));
+#endif
         std::byte* next = base;
         auto take = [&](int64_t size) { return std::exchange(next, next + size); };
         weights = reinterpret_cast<floatX*>(take(memory.weights));
@@ -194,12 +203,14 @@ struct Rank {
             dw = bind_tensors(gradients, parameters, o.model);
         }
         workspace = take(memory.workspace);
-        device = {o.threads, take(memory.scratch), size_t(memory.scratch)};
+        transport.attach(device);
+        device.scratch = take(memory.scratch);
+        device.scratch_bytes = size_t(memory.scratch);
     }
     ~Rank() {
         if (std::uncaught_exceptions() > 0) transport.abandon();
-        munmap(base, size_t(memory.total() - memory.activations));
-        munmap(activations, size_t(memory.activations));
+        free_on_device(base, memory.total() - memory.activations);
+        free_on_device(activations, memory.activations);
     }
     Rank(const Rank&) = delete;
     Rank& operator=(const Rank&) = delete;
@@ -211,8 +222,8 @@ struct Rank {
         auto [place, is_new] = plans.try_emplace({training, group_sizes});
         if (is_new) place->second = plan_pattern(options, group_sizes, training);
         if (const int64_t bytes = round_up(place->second.size.bytes, 4096); bytes > memory.activations) {
-            munmap(std::exchange(activations, nullptr), size_t(std::exchange(memory.activations, 0)));
-            activations = map(bytes);
+            free_on_device(std::exchange(activations, nullptr), std::exchange(memory.activations, 0));
+            activations = allocate_on_device(bytes);
             memory.activations = bytes;
         }
         return place->second;
@@ -221,15 +232,4 @@ struct Rank {
 private:
     std::byte* const base;
     std::map<std::pair<bool, std::vector<int>>, Plan> plans;
-
-    static std::byte* map(int64_t size) {
-        if (size == 0) return nullptr;
-        void* mapping =
-            mmap(nullptr, size_t(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (mapping == MAP_FAILED)
-            throw Failure(EXIT_MEMORY, "cannot map " + std::to_string(size >> 20) + " MiB: " + std::strerror(errno) +
-                                           "; choose a smaller model, --chunk-tokens or --head-chunk");
-        madvise(mapping, size_t(size), MADV_HUGEPAGE);  // fewer TLB misses while operands are packed
-        return static_cast<std::byte*>(mapping);
-    }
 };

@@ -1,5 +1,7 @@
 // Ranks as threads of one process: a message is copied from one rank's arena to the other's, by whichever of the two
-// posts its end last. `ThreadTeam` is what they share, each has a `ThreadTransport`.
+// posts its end last. `ThreadTeam` is what they share, each has a `ThreadTransport`. On GPUs, one for all ranks or one
+// each, the copy runs on the receiver's exchange stream, after what the compute streams of both were told before they
+// posted their ends, and both compute streams wait for it.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +11,9 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <utility>
 
+#include "llmc/parallel/exchange_stream.h"
 #include "llmc/parallel/transport.h"
 
 class ThreadTeam {
@@ -30,6 +34,7 @@ public:
         fail(rank);
         std::unique_lock lock(mutex_);
         copied_.wait(lock, [&] { return copying_ == 0; });
+        for (Member& member : members_) member.exchange.finish();
     }
     int failed_rank() const {
         const std::lock_guard lock(mutex_);
@@ -49,15 +54,22 @@ public:
         return left_changed_.wait_for(lock, patience, [&] { return left_ == ranks_; });
     }
 
+    void attach(int rank, const Device& device) {
+        const std::lock_guard lock(mutex_);
+        members_[size_t(rank)].exchange.attach(device);
+    }
+
     int64_t post(int rank, std::span<const Transfer> transfers) {
         std::unique_lock lock(mutex_);
         Member& self = members_[size_t(rank)];
-        const int64_t first = self.first + int64_t(self.done.size());
-        self.done.insert(self.done.end(), transfers.size(), false);
+        const int64_t first = self.first + int64_t(self.open.size());
+        self.open.insert(self.open.end(), transfers.size(), {});
+        const Mark posted = self.exchange.mark_compute();
         for (size_t i = 0; i < transfers.size(); ++i) {
             check_peers(lock, rank);
             const Transfer& t = transfers[i];
-            const End mine{rank, first + int64_t(i), t.data, t.bytes};
+            const End mine{
+                rank, first + int64_t(i), t.data, t.bytes, posted, t.send ? nullptr : self.exchange.new_mark()};
             Queue& queue = t.send ? queues_[size_t(rank * ranks_ + t.peer)] : queues_[size_t(t.peer * ranks_ + rank)];
             if (queue.ends.empty() || queue.of_sends == t.send) {  // nothing to meet yet
                 queue.of_sends = t.send;
@@ -70,14 +82,7 @@ public:
                 throw std::logic_error("a message of " + std::to_string(t.send ? mine.bytes : other.bytes) +
                                        " bytes meets a receive of " +
                                        std::to_string(t.send ? other.bytes : mine.bytes));
-            ++copying_;
-            lock.unlock();  // both ends wait for it, so nobody else touches this memory
-            if (t.send) std::memcpy(other.data, mine.data, size_t(mine.bytes));
-            else std::memcpy(mine.data, other.data, size_t(mine.bytes));
-            lock.lock();
-            if (--copying_ == 0) copied_.notify_all();
-            complete(mine);
-            complete(other);
+            copy(lock, t.send ? mine : other, t.send ? other : mine);
         }
         return first;
     }
@@ -85,15 +90,22 @@ public:
     void wait(int rank, int64_t begin, int64_t end) {
         std::unique_lock lock(mutex_);
         Member& self = members_[size_t(rank)];
-        for (int64_t n = std::max(begin, self.first); n < end; ++n)
+        for (int64_t n = std::max(begin, self.first); n < end; ++n) {
             self.changed.wait(lock, [&] {
                 check_peers(lock, rank);
-                return n < self.first || self.done[size_t(n - self.first)];
+                return n < self.first || self.open[size_t(n - self.first)].met;
             });
-        while (!self.done.empty() && self.done.front()) {
-            self.done.pop_front();
+            if (n >= self.first)
+                self.exchange.compute_waits(std::exchange(self.open[size_t(n - self.first)].copied, {}));
+        }
+        while (!self.open.empty() && self.open.front().met && self.open.front().copied == nullptr) {
+            self.open.pop_front();
             ++self.first;
         }
+    }
+    void check_peers(int rank) {
+        std::unique_lock lock(mutex_);
+        check_peers(lock, rank);
     }
 
     std::vector<std::string> all_gather(int rank, const std::string& text) {
@@ -119,14 +131,21 @@ private:
         int64_t number;
         void* data;
         int64_t bytes;
+        Mark posted;  // the rank's compute stream, when this end was posted
+        Mark copied;  // of the receiving end: the copy
     };
     struct Queue {  // from one rank to another: ends, all of sends or all of receives, that have not met the other end
         bool of_sends = false;
         std::deque<End> ends;
     };
+    struct Open {          // a transfer that its rank may have to wait for
+        bool met = false;  // the other end is posted, and the message is copied,
+        Mark copied;       // or on a GPU will be, and the compute stream has to wait for this
+    };
     struct Member {
         int64_t first = 0;      // transfers before this one are complete
-        std::deque<bool> done;  // [number - first]
+        std::deque<Open> open;  // [number - first]
+        ExchangeStream exchange;
         int64_t gathers = 0;
         std::condition_variable changed;
     };
@@ -144,10 +163,27 @@ private:
     int copying_ = 0;  // messages
     std::condition_variable left_changed_, copied_;
 
-    void complete(const End& end) {
-        Member& member = members_[size_t(end.rank)];
-        member.done[size_t(end.number - member.first)] = true;
-        member.changed.notify_all();
+    // Both ends wait for it, so nobody else touches this memory.
+    void copy(std::unique_lock<std::mutex>& lock, const End& from, const End& to) {
+        struct Unlocked {
+            ThreadTeam& team;
+            std::unique_lock<std::mutex>& lock;
+            ~Unlocked() {
+                lock.lock();
+                if (--team.copying_ == 0) team.copied_.notify_all();
+            }
+        };
+        ++copying_;
+        lock.unlock();
+        {
+            const Unlocked unlocked{*this, lock};
+            members_[size_t(to.rank)].exchange.copy(to.data, from.data, to.bytes, from.posted, to.posted, to.copied);
+        }
+        for (const End& end : {from, to}) {
+            Member& member = members_[size_t(end.rank)];
+            member.open[size_t(end.number - member.first)] = {true, to.copied};
+            member.changed.notify_all();
+        }
     }
     // Whoever hears of a failure frees memory, which others may still be copying from or to.
     void check_peers(std::unique_lock<std::mutex>& lock, int rank) {
@@ -160,8 +196,10 @@ private:
 class ThreadTransport : public Transport {
 public:
     ThreadTransport(ThreadTeam& team, int rank, int ranks) : Transport(rank, ranks), team_(team) {}
+    void attach(const Device& device) override { team_.attach(rank, device); }
     int64_t post(std::span<const Transfer> transfers) override { return team_.post(rank, transfers); }
     void wait(int64_t begin, int64_t end) override { team_.wait(rank, begin, end); }
+    void check_peers() override { team_.check_peers(rank); }
     void abandon() override { team_.abandon(rank); }
 
 protected:

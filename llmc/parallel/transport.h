@@ -1,20 +1,29 @@
 // How ranks reach each other. Ops post sends and receives, many at a time, and wait for the ones they need; everything
 // else that ranks tell each other (losses, norms, the contents of a checkpoint) is small and goes by all_gather.
 //
-// Ranks are threads of one process here (thread_transport.h) or processes under MPI (mpi_transport.h).
+// Ranks are threads of one process here (thread_transport.h), processes under MPI (mpi_transport.h), or either with a
+// GPU each (nccl_transport.h).
+//
+// On a GPU all this is told to streams. A post means: once the rank's compute stream has done what it was told before,
+// the data of the sends are ready, and the memory of the receives is free. A wait has the compute stream wait; the host
+// goes on as soon as the other end is posted, too, so that no stream ever waits for what was not yet told to the GPU.
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <functional>
 #include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "llmc/parallel/progress.h"
 
+struct Device;
+
 // Bytes on their way from one rank to another. The n-th send from a to b meets the n-th receive of b from a; both know
-// the size from the plan. `data` must stay as it is until the transfer is complete.
+// the size from the plan. `data` lies in the device's memory and must stay as it is until the transfer is complete.
 struct Transfer {
     bool send;
     int peer;
@@ -27,6 +36,19 @@ struct JointFailure : Failure {
     using Failure::Failure;
 };
 
+// Calls done() until it is true. Spins for the first moment, then lets others run, then naps for a part of what it has
+// waited so far: a long wait costs nothing, and no wait gets longer by more than that part.
+template <class Done>
+void poll_until(const Done& done) {
+    using namespace std::chrono_literals;
+    const auto begin = std::chrono::steady_clock::now();
+    while (!done()) {
+        const auto waited = std::chrono::steady_clock::now() - begin;
+        if (waited > 100us) std::this_thread::sleep_for(std::min<std::chrono::nanoseconds>(waited / 16, 200us));
+        else if (waited > 20us) std::this_thread::yield();
+    }
+}
+
 class Transport {
 public:
     const int rank, ranks;
@@ -35,6 +57,11 @@ public:
     Transport(int rank, int ranks) : rank(rank), ranks(ranks) {}
     virtual ~Transport() = default;
 
+    // The device of the rank, before its first post, in its thread; a GPU is the current one there. And the end of it,
+    // when all has gone well and its streams are done. All ranks call either.
+    virtual void attach(const Device&) {}
+    virtual void detach() {}
+
     // Posts transfers together and returns at once: the number of the first one. A rank's transfers are numbered on
     // from 0 for the whole run.
     virtual int64_t post(std::span<const Transfer> transfers) = 0;
@@ -42,6 +69,9 @@ public:
     // Returns when the transfers with numbers in [begin, end) are complete. A Failure with EXIT_PEER if another rank
     // has ended.
     virtual void wait(int64_t begin, int64_t end) = 0;
+
+    // A Failure with EXIT_PEER if another rank is known to have ended badly, for those who wait by polling.
+    virtual void check_peers() {}
 
     // Called when the rank fails, before its memory goes: transfers that have not begun never will.
     virtual void abandon() {}

@@ -1,4 +1,4 @@
-// The input of one step, cut into chunks, in the form in which the ops take it; and its result.
+// The input of one step, cut into chunks, in the form in which the ops take it.
 #pragma once
 
 #include "llmc/data/packing.h"
@@ -35,3 +35,61 @@ inline Step prepare_step(const Batch& batch, int64_t chunk_tokens, const GptConf
     step.flops += double(batch.tokens) * matmul_flops_per_token(g);
     return step;
 }
+
+// What kernels read of a chunk besides its tensors.
+struct ChunkInputs {
+    int64_t tokens;  // N
+    TokenRows rows;
+    const int32_t* targets;
+    Segments segments;
+};
+
+// The integers of a step where kernels read them: on a GPU they are copied there in one piece, on the CPU they stay in
+// the step, which therefore has to outlive this.
+class StepInputs {
+public:
+    std::vector<ChunkInputs> chunks;
+
+    void load(const Device& device, const Step& step) {
+        chunks.clear();
+#ifdef USE_CUDA
+        std::vector<std::byte> packed;
+        std::vector<std::array<int64_t, 6>> offsets;  // [chunk] of its arrays, in bytes
+        const auto append = [&]<class T>(const std::vector<T>& values) {
+            const size_t offset = size_t(round_up(int64_t(packed.size()), 64));
+            packed.resize(offset + values.size() * sizeof(T));
+            if (!values.empty()) std::memcpy(packed.data() + offset, values.data(), values.size() * sizeof(T));
+            return int64_t(offset);
+        };
+        for (size_t c = 0; c < step.chunks.size(); ++c) {
+            const ChunkTokens& t = step.chunks[c];
+            offsets.push_back({append(t.tokens), append(t.positions), append(t.targets), append(sorted_rows(t.tokens)),
+                               append(sorted_rows(t.positions)), append(attention_tiles(step.segments[c]))});
+        }
+        if (int64_t(packed.size()) > memory_.size()) memory_ = DeviceMemory<std::byte>(int64_t(packed.size()));
+        upload(device, memory_.data(), packed.data(), int64_t(packed.size()));
+        for (size_t c = 0; c < step.chunks.size(); ++c) {
+            const auto ints = [&](int i) { return reinterpret_cast<const int32_t*>(memory_.data() + offsets[c][i]); };
+            chunks.push_back(
+                {int64_t(step.chunks[c].tokens.size()),
+                 {ints(0), ints(1), ints(3), ints(4)},
+                 ints(2),
+                 {step.segments[c], reinterpret_cast<const AttentionTile*>(memory_.data() + offsets[c][5])}});
+        }
+#else
+        (void)device;
+        for (size_t c = 0; c < step.chunks.size(); ++c) {
+            const ChunkTokens& t = step.chunks[c];
+            chunks.push_back({int64_t(t.tokens.size()),
+                              {t.tokens.data(), t.positions.data()},
+                              t.targets.data(),
+                              {step.segments[c]}});
+        }
+#endif
+    }
+
+private:
+#ifdef USE_CUDA
+    DeviceMemory<std::byte> memory_;
+#endif
+};
