@@ -40,16 +40,6 @@ CXXFLAGS  ?= -O3
 BUILD     := build/$(DEVICE)-$(PRECISION)
 COMPILE    = @mkdir -p $(@D) && echo "  build  $@" && $(CXX) $(BASE) -MF $@.d
 
-# How a program is built for the device.
-comma     := ,
-HOST_FLAGS := -march=x86-64-v3 -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra
-BUILD_cpu  = $(COMPILE) $(CXXFLAGS) $(PRECISION_$(PRECISION)) -x c++ $< -x none -o $@ $(MPI_FLAGS)
-BUILD_cuda-on-host = $(COMPILE) $(ON_HOST) $(PRECISION_$(PRECISION)) -x c++ $< -x none -o $@ -lboost_context $(MPI_FLAGS)
-BUILD_cuda = @mkdir -p $(@D) && echo "  build  $@" && $(NVCC) -std=c++20 -O3 -x cu $(CUDA_ARCH) --expt-relaxed-constexpr \
-             -DUSE_CUDA $(PRECISION_$(PRECISION)) $(addprefix -Xcompiler ,$(HOST_FLAGS)) -I. $(DEPS:%=-isystem %) \
-             -MMD -MP -MF $@.d $< -o $@ -lcublasLt
-ON_HOST   := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-unknown-pragmas -DUSE_CUDA -Idev/tests/cuda_on_host
-
 # `mpicc -show`, of Open MPI and of MPICH, prints the compiler and its flags. They count if they build a program.
 MPI_FLAGS := $(if $(filter auto,$(MPI)),$(shell mpicc -show 2>/dev/null | cut -d' ' -f2-))
 MPI_FLAGS := $(MPI_FLAGS:-I%=-isystem %) $(if $(MPI_FLAGS),-DUSE_MPI)
@@ -57,12 +47,40 @@ MPI_LINE   = printf '\043include <mpi.h>\nint main() { return MPI_Init(0, 0); }'
 MPI_BUILDS = $(shell $(MPI_LINE) | $(CXX) -x c - -x none -o /dev/null $(MPI_FLAGS) 2>/dev/null && echo yes)
 MPI_FLAGS := $(if $(findstring -DUSE_MPI,$(MPI_FLAGS)),$(if $(MPI_BUILDS),$(MPI_FLAGS)))
 
-UNIT_TESTS := $(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/*_test.cpp))
+# CUDA's libraries count if a line of them compiles and links: NCCL (NO_NCCL=1 leaves it out) and cuDNN (NO_CUDNN=1),
+# whose C++ front end is a set of headers (CUDNN_FRONTEND=DIR). CUDA_DIRS: further directories with include/ and lib/.
+CUDA      := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+CUDA_PATHS := $(foreach dir,$(CUDA_DIRS) $(CUDA),-isystem $(dir)/include -L$(dir)/lib -L$(dir)/lib64)
+FRONT_END := $(firstword $(CUDNN_FRONTEND) $(wildcard build/venv-cuda/lib/python3*/site-packages/include))
+compiles   = $(shell printf '\043$(1)' | $(CXX) -std=c++20 -x c++ - -x none -o /dev/null $(2) 2>/dev/null && echo yes)
+ifeq ($(DEVICE),cuda)
+HAS_NCCL  := $(if $(NO_NCCL),,$(call compiles,include <nccl.h>\nint main() { return ncclGetVersion(nullptr); },$(CUDA_PATHS) -lnccl))
+HAS_CUDNN := $(if $(NO_CUDNN)$(filter fp32,$(PRECISION)),,$(call compiles,include <cudnn.h>\n\043include <cudnn_frontend_version.h>\nstatic_assert(CUDNN_VERSION >= 90600);int main() {},$(FRONT_END:%=-isystem %) $(CUDA_PATHS)))
+$(if $(HAS_NCCL),,$(info No NCCL: ranks exchange through host memory, or within one GPU.))
+$(if $(HAS_CUDNN)$(filter fp32,$(PRECISION)),,$(info No cuDNN or front end (scripts/setup.sh --cuda): our own attention, slower, takes its place.))
+endif
+CUDNN_OBJECT := build/cuda-cudnn_attention.o
+
+# How a program is built for each device.
+HOST_FLAGS := -march=x86-64-v3 -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra
+ON_HOST    := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-unknown-pragmas -DUSE_CUDA -Idev/tests/cuda_on_host
+BUILD_cpu   = $(COMPILE) $(CXXFLAGS) $(PRECISION_$(PRECISION)) -x c++ $< -x none -o $@ $(MPI_FLAGS)
+BUILD_cuda-on-host = $(COMPILE) $(ON_HOST) $(PRECISION_$(PRECISION)) -x c++ $< -x none -o $@ -lboost_context
+BUILD_cuda  = @mkdir -p $(@D) && echo "  build  $@" && $(NVCC) -std=c++20 -O3 -x cu $(CUDA_ARCH) --expt-relaxed-constexpr \
+              -DUSE_CUDA $(PRECISION_$(PRECISION)) $(addprefix -Xcompiler ,$(HOST_FLAGS)) -I. $(DEPS:%=-isystem %) $(CUDA_PATHS) \
+              -MMD -MP -MF $@.d $< -o $@ -lcublasLt $(if $(HAS_NCCL),-DUSE_NCCL -lnccl) \
+              $(if $(HAS_CUDNN),-DUSE_CUDNN -Xlinker $(CUDNN_OBJECT) -ldl) $(MPI_FLAGS)
+
+$(CUDNN_OBJECT): llmc/kernels/cudnn_attention.cpp
+	@mkdir -p $(@D) && echo "  build  $@" && $(CXX) -std=c++20 -O1 -Wall -Wextra -I. -MMD -MP -MF $@.d \
+	    -DNV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING -DCUDNN_FRONTEND_SKIP_JSON_LIB $(FRONT_END:%=-isystem %) $(CUDA_PATHS) -c $< -o $@
+
+UNIT_TESTS := $(filter-out %/cudnn_plans_test,$(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/*_test.cpp)))
 FUZZ_TESTS := $(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/fuzz_*.cpp))
 BENCHMARKS := $(patsubst dev/bench/%.cpp,build/bench/%,$(wildcard dev/bench/*.cpp))
-SOURCES    := $(wildcard *.cu llmc/*.h llmc/*/*.h llmc/*/*/*.h llmc/*/*.cuh dev/tests/*.cpp dev/tests/*.h dev/bench/*.cpp dev/bench/*.h)
+SOURCES    := $(wildcard *.cu llmc/*.h llmc/*/*.h llmc/*/*/*.h llmc/*/*.cuh llmc/*/*.cpp dev/tests/*.cpp dev/tests/*.h dev/tests/*/*.h dev/bench/*.cpp dev/bench/*.h)
 
-.PHONY: all run test bench tests format check-format tidy clean help
+.PHONY: all run test bench tests cuda-build format check-format tidy clean help
 .DELETE_ON_ERROR:
 
 all: train_gpt test_gpt  ## build ./train_gpt and ./test_gpt (PRECISION=fp32|bf16|fp64, DEPS=DIR)
@@ -76,28 +94,49 @@ test:  ## set up, build, run every test; the last line reads `N passed, N failed
 	@scripts/setup.sh --test
 	@$(MAKE) --no-print-directory PRECISION=bf16 build/$(DEVICE)-bf16/train_gpt build/$(DEVICE)-bf16/test_gpt
 	@$(MAKE) --no-print-directory PRECISION=fp64 build/$(DEVICE)-fp64/test_gpt
-	@$(MAKE) --no-print-directory -j2 all tests
+	@$(MAKE) --no-print-directory -j2 all tests build/cuda-on-host-fp32/test_gpt
+	@$(if $(NVCC),scripts/setup.sh --cuda && $(MAKE) --no-print-directory -j2 DEVICE=cuda cuda-build,echo "No nvcc: the CUDA build is not tested.")
 	@scripts/run_tests.sh
 
 bench:  ## set up (a current PyTorch, too) and build the benchmarks into build/bench
 	@scripts/setup.sh --bench
 	@$(MAKE) --no-print-directory train_gpt $(BENCHMARKS)
 
-tests: $(UNIT_TESTS) $(FUZZ_TESTS) $(if $(MPI_FLAGS),build/tests/mpi_check build/tests/mpi_layouts)
+# What `make test` builds for GPUs, to see that it builds.
+cuda-build: $(BUILD)/train_gpt build/tests/kernel_cases_cuda-fp32 $(if $(HAS_CUDNN),build/tests/cudnn_plans_test)
+
+tests: $(UNIT_TESTS) $(FUZZ_TESTS) build/tests/cuda_on_host_faults \
+       $(addprefix build/tests/kernel_cases_,cpu-fp64 cpu-fp32 cpu-bf16 cuda-on-host-fp32 cuda-on-host-bf16) $(if $(MPI_FLAGS),build/tests/mpi_check build/tests/mpi_layouts)
 
 train_gpt test_gpt: %: $(BUILD)/% FORCE
 	@ln -sfn $< $@
 
+BUILT_WITH = $(CXX) $(CXXFLAGS) $(MPI_FLAGS) $(if $(HAS_NCCL),NCCL) $(if $(HAS_CUDNN),cuDNN)
 # What the programs were built with; they are built again when it changes.
 $(BUILD)/flags: FORCE
-	@mkdir -p $(@D) && echo '$(CXX) $(CXXFLAGS) $(MPI_FLAGS)' | cmp -s - $@ || echo '$(CXX) $(CXXFLAGS) $(MPI_FLAGS)' >$@
+	@mkdir -p $(@D) && echo '$(BUILT_WITH)' | cmp -s - $@ || echo '$(BUILT_WITH)' >$@
 
-$(BUILD)/%: %.cu $(BUILD)/flags
+build/tests/cudnn_plans_test: dev/tests/cudnn_plans_test.cpp $(CUDNN_OBJECT)
+	$(COMPILE) -O1 -DPRECISION_BF16 $(CUDA_PATHS) -DCUDA_DRIVER_STUB='"$(CUDA)/lib64/stubs/libcuda.so"' $^ -o $@ \
+	    -lgtest -lgtest_main -lcudart -ldl -pthread
+
+build/cuda-on-host-%/test_gpt: test_gpt.cu
+	$(BUILD_cuda-on-host)
+build/cuda-on-host-fp32/test_gpt: PRECISION := fp32
+build/cuda-on-host-bf16/test_gpt: PRECISION := bf16
+
+$(BUILD)/%: %.cu $(BUILD)/flags $(if $(HAS_CUDNN),$(CUDNN_OBJECT))
 	$(BUILD_$(DEVICE))
 
 # The cases of all kernels, built for each device and precision to be compared.
-build/tests/kernel_cases_$(DEVICE)-$(PRECISION): dev/tests/kernel_cases.cpp
-	$(BUILD_$(DEVICE))
+define kernel_cases_rule
+build/tests/kernel_cases_$(1)-$(2): DEVICE := $(1)
+build/tests/kernel_cases_$(1)-$(2): PRECISION := $(2)
+build/tests/kernel_cases_$(1)-$(2): dev/tests/kernel_cases.cpp ; $$(BUILD_$(1))
+endef
+$(foreach precision,fp32 bf16 fp64,$(eval $(call kernel_cases_rule,cpu,$(precision))))
+$(foreach precision,fp32 bf16,$(eval $(call kernel_cases_rule,cuda-on-host,$(precision))))
+$(foreach precision,fp32 bf16,$(eval $(call kernel_cases_rule,cuda,$(precision))))
 
 build/tests/fuzz_%: dev/tests/fuzz_%.cpp
 	$(COMPILE) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DPRECISION_FP32 $< -o $@
@@ -108,8 +147,11 @@ build/tests/%_tsan_test: dev/tests/%_tsan_test.cpp
 build/tests/%_fp64_test: dev/tests/%_fp64_test.cpp
 	$(COMPILE) -O2 -DPRECISION_FP64 $< -o $@ -lgtest -lgtest_main -pthread
 
-# The same test of CUDA code, without a GPU.
-build/tests/%_on_host: dev/tests/%.cpp
+# Tests of CUDA code, without a GPU.
+build/tests/nccl_transport_on_host_test: ON_HOST := -Idev/tests/nccl_on_host -DUSE_NCCL $(ON_HOST)
+build/tests/cuda_on_host_faults: dev/tests/cuda_on_host/faults.cpp
+	$(COMPILE) $(ON_HOST) -DPRECISION_BF16 $< -o $@ -lboost_context
+build/tests/%_on_host_test: dev/tests/%_on_host_test.cpp
 	$(COMPILE) $(ON_HOST) -DPRECISION_FP32 $< -o $@ -lgtest -lgtest_main -lboost_context -pthread
 
 build/tests/mpi_%: dev/tests/mpi_%.cpp

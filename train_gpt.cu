@@ -268,6 +268,9 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
                 for (int64_t n = posted[end].begin; n < posted[end].end; ++n)
                     posted[end].bytes += transfers[size_t(n)].bytes;
             }
+#ifdef USE_CUDA
+            progress.waiting(op);  // until the peer has posted its part of the batch before
+#endif
             const double begin = seconds_now();
             const OpClock::Moment moment = clock.now();
             const int64_t first = rank.transport.post(transfers);
@@ -732,6 +735,10 @@ void print_start(const Training& run, const std::string& weights_from) {
          run.job.val_loader ? c.data.val + ": " + tokens_text(*run.job.val_loader) : "off: no --val-data"},
         {"step", std::to_string(c.data.batch_tokens) + " tokens in chunks of at most " +
                      std::to_string(c.data.chunk_tokens) + ", recompute " + c.compute.recompute}};
+#ifdef USE_CUDA
+    const std::string why_not = why_not_cudnn(run.rank.options);
+    rows.insert(rows.begin() + 1, {"attention", why_not.empty() ? "cuDNN" : "our own kernels: " + why_not});
+#endif
     if (c.parallel.ranks > 1)
         rows.insert(rows.begin() + 1, {"pipeline", layout_text(run.rank.options) +
                                                        (c.launch.ranks > 1 ? ", processes under " + c.launch.source

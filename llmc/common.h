@@ -78,8 +78,7 @@ struct Matrix {
     HOST_DEVICE Matrix(T* data, int64_t rows, int64_t cols, int64_t stride)
         : data(data), rows(rows), cols(cols), stride(stride) {}
     template <class U>
-        requires(std::is_same_v<U, const T> && !std::is_same_v<U, T>)
-    HOST_DEVICE operator Matrix<U>() const {
+    requires(std::is_same_v<U, const T> && !std::is_same_v<U, T>) HOST_DEVICE operator Matrix<U>() const {
         return {data, rows, cols, stride};
     }
 

@@ -27,6 +27,8 @@
 #endif
 
 #ifdef USE_CUDA
+class CudnnAttention;
+
 // The algorithms that cuBLASLt has chosen, by all that a product's choice depends on (matmul.cuh); nothing where it has
 // none.
 using MatmulKey = std::array<int64_t, 11>;
@@ -42,6 +44,7 @@ struct Device {
     int multiprocessors = 1;
     cublasLtHandle_t blas = nullptr;
     MatmulAlgorithms* algorithms = nullptr;
+    CudnnAttention* cudnn = nullptr;  // null: our own attention
 #endif
 
     template <class T>

@@ -31,6 +31,7 @@ END
 libopenmpi-dev       mpicc                                             Open MPI, for ranks as processes (without it: threads)
 openmpi-bin          mpirun                                            its launcher
 libgtest-dev         include:gtest/gtest.h                             GoogleTest, the unit tests
+libboost-context-dev include:boost/context/fiber.hpp                   fibers, on which tests run CUDA kernels without a GPU
 clang-format         clang-format                                      checks the formatting
 python3-torch        /usr/lib/python3/dist-packages/torch              PyTorch, the reference that the model is compared with
 python3-pytest       /usr/lib/python3/dist-packages/pytest             tests of the program from outside

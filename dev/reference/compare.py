@@ -109,8 +109,15 @@ def write_case(directory, case, weights):
     write_tensors(directory / "weights.safetensors", weights)
 
 
-def run_ours(directory, mode="dump", binary=ROOT / "test_gpt"):
+def program(precision):
+    """test_gpt of this precision; HELIXTRAIN_TEST_GPT_FP32 and so on name another one, built for another device."""
+    built = "test_gpt" if precision == "fp32" else f"build/cpu-{precision}/test_gpt"
+    return ROOT / os.environ.get(f"HELIXTRAIN_TEST_GPT_{precision.upper()}", built)
+
+
+def run_ours(directory, mode="dump", binary=None):
     """`HELIXTRAIN_ISA` in the environment chooses the kernels."""
+    binary = binary or program("fp32")
     assert os.access(binary, os.X_OK), f"{binary} is missing: build it with `make {os.path.relpath(binary, ROOT)}`"
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # cases are tiny: threads that spin only fight
     done = subprocess.run([str(binary), mode, str(directory)], capture_output=True, text=True, env=environment)

@@ -9,59 +9,32 @@
 
 #include "kernel_cases/cases.h"
 
-// -DCASES_ONLY -DCASES_OP builds the cases of one op, which takes a part of the time.
-#if !defined(CASES_ONLY) || defined(CASES_COPY_REDUCE)
-#include "kernel_cases/copy_reduce.h"
-#define HAS_COPY_REDUCE
-#endif
-#if (!defined(CASES_ONLY) || defined(CASES_ENCODER)) && __has_include("kernel_cases/encoder.h")
-#include "kernel_cases/encoder.h"
-#define HAS_ENCODER
-#endif
-#if (!defined(CASES_ONLY) || defined(CASES_LAYERNORM)) && __has_include("kernel_cases/layernorm.h")
-#include "kernel_cases/layernorm.h"
-#define HAS_LAYERNORM
-#endif
-#if (!defined(CASES_ONLY) || defined(CASES_CLASSIFIER)) && __has_include("kernel_cases/classifier.h")
-#include "kernel_cases/classifier.h"
-#define HAS_CLASSIFIER
-#endif
-#if (!defined(CASES_ONLY) || defined(CASES_ADAMW)) && __has_include("kernel_cases/adamw.h")
+using Op = std::pair<std::string, void (*)(Cases&)>;
+
+// -DONE_OP=OP builds the cases of one op alone, in a part of the time.
+#ifdef ONE_OP
+#define TEXT_OF(text) #text
+#define TEXT(text) TEXT_OF(text)
+#define CASES_OF(op) op##_cases
+#define CASES(op) CASES_OF(op)
+// clang-format off
+#include TEXT(kernel_cases/ONE_OP.h)
+// clang-format on
+const std::vector<Op> OPS = {{TEXT(ONE_OP), CASES(ONE_OP)}};
+#else
 #include "kernel_cases/adamw.h"
-#define HAS_ADAMW
-#endif
-#if (!defined(CASES_ONLY) || defined(CASES_MATMUL)) && __has_include("kernel_cases/matmul.h")
-#include "kernel_cases/matmul.h"
-#define HAS_MATMUL
-#endif
-#if (!defined(CASES_ONLY) || defined(CASES_ATTENTION)) && __has_include("kernel_cases/attention.h")
 #include "kernel_cases/attention.h"
-#define HAS_ATTENTION
+#include "kernel_cases/classifier.h"
+#include "kernel_cases/copy_reduce.h"
+#include "kernel_cases/encoder.h"
+#include "kernel_cases/layernorm.h"
+#include "kernel_cases/matmul.h"
+const std::vector<Op> OPS = {{"adamw", adamw_cases},           {"attention", attention_cases},
+                             {"classifier", classifier_cases}, {"copy_reduce", copy_reduce_cases},
+                             {"encoder", encoder_cases},       {"layernorm", layernorm_cases},
+                             {"matmul", matmul_cases}};
 #endif
 
-const std::vector<std::pair<std::string, void (*)(Cases&)>> OPS = {
-#ifdef HAS_COPY_REDUCE
-    {"copy_reduce", copy_reduce_cases},
-#endif
-#ifdef HAS_ENCODER
-    {"encoder", encoder_cases},
-#endif
-#ifdef HAS_LAYERNORM
-    {"layernorm", layernorm_cases},
-#endif
-#ifdef HAS_CLASSIFIER
-    {"classifier", classifier_cases},
-#endif
-#ifdef HAS_ADAMW
-    {"adamw", adamw_cases},
-#endif
-#ifdef HAS_MATMUL
-    {"matmul", matmul_cases},
-#endif
-#ifdef HAS_ATTENTION
-    {"attention", attention_cases},
-#endif
-};
 constexpr size_t FEWEST_SHAPES = 20;  // of each output
 
 // A record is a line `output <tab> shape <tab> bound <tab> count` and count doubles.

@@ -152,7 +152,6 @@ TEST(Layouts, EvaluationAgreesWithOneRank) {
     }
 }
 
-#ifndef USE_CUDA  // whose tensors the host cannot reach
 // ---------------------------------------------------------------------------------------------------------------------
 // Planted errors: the comparison has to find each of them, and name the tensor.
 
@@ -197,6 +196,4 @@ TEST(Layouts, PlantedErrorsAreFound) {
     });
     EXPECT_EQ(run.problems, std::vector<std::string>{"copies of wte.weight differ"});
 }
-#endif
-
 }  // namespace

@@ -100,7 +100,7 @@ def mutants(source):
 
 
 def build(program, op, *flags):
-    done = subprocess.run([*CXX, "-DCASES_ONLY", f"-DCASES_{op.upper()}", *flags, "-I.", "dev/tests/kernel_cases.cpp", "-o",
+    done = subprocess.run([*CXX, f"-DONE_OP={op}", *flags, "-I.", "dev/tests/kernel_cases.cpp", "-o",
                            program, *(["-lboost_context"] if "-DUSE_CUDA" in flags else [])],
                           cwd=ROOT, capture_output=True, text=True)
     return done.stderr if done.returncode else None

@@ -60,6 +60,9 @@ def show(capsys, text):
 @pytest.mark.parametrize("name", CASES)
 def test_against_pytorch(name, tmp_path, capsys):
     base, chunk_sizes = CASES[name]
+    head_size = base["model"]["channels"] // base["model"]["heads"]
+    if "cuda" in str(harness.program("fp32")) and head_size % 8:
+        pytest.skip("heads on a GPU have a multiple of 8 channels")
     weights = harness.perturbed_weights(Config(**base["model"]), seed=1)
     exact, torch32 = harness.reference(base, weights), harness.reference(base, weights, torch.float32)
     against_exact, against_torch = {}, {}
@@ -92,11 +95,34 @@ def test_fp64_against_pytorch(name, tmp_path, capsys):
     weights = harness.perturbed_weights(Config(**base["model"]), seed=1)
     layout = dict(base, recompute="full", chunk_tokens=chunk_sizes[-1], mlp_chunk=7, head_chunk=5)
     harness.write_case(tmp_path, layout, weights)
-    ours = harness.run_ours(tmp_path, binary=ROOT / "build" / "cpu-fp64" / "test_gpt")
+    ours = harness.run_ours(tmp_path, binary=harness.program("fp64"))
     errors = harness.compare(ours, harness.reference(base, weights))
     worst = max(errors, key=errors.get)
     show(capsys, f"\nfp64, {name}: largest relative error {errors[worst]:.1e} (bound 1e-12, {worst})")
     assert errors[worst] <= 1e-12
+
+
+HOST_CASES = ["one sequence, slices", "packed documents, ignored targets", "last slice of one token", "head of 128"]
+
+
+@pytest.mark.parametrize("name", HOST_CASES)
+def test_cuda_program_on_the_host(name, tmp_path, capsys):
+    """The program for GPUs, its GPU played by the host (cuda_on_host): what kernels, device memory and the traffic
+    between the two make of a step. Slow, so that few layouts are tried."""
+    base, chunk_sizes = CASES[name]
+    base = dict(base, steps=2)
+    weights = harness.perturbed_weights(Config(**base["model"]), seed=1)
+    exact, errors = harness.reference(base, weights), {}
+    for recompute, chunks, chunk_tokens in zip(RECOMPUTE, CHUNKS * 2, chunk_sizes * 2):
+        layout = dict(base, recompute=recompute, chunk_tokens=chunk_tokens, **chunks)
+        harness.write_case(tmp_path, layout, weights)
+        ours = harness.run_ours(tmp_path, binary=ROOT / "build" / "cuda-on-host-fp32" / "test_gpt")
+        for tensor, error in harness.compare(ours, exact).items():
+            errors[tensor] = max(errors.get(tensor, 0.0), error)
+    worst = harness.worst(errors)
+    for kind, bound in harness.BOUNDS.items():
+        show(capsys, f"\nCUDA on the host, {name}: {kind} {worst[kind][1]:.1e} (bound {bound:.0e}, {worst[kind][0]})")
+        assert worst[kind][1] <= bound
 
 
 def test_adamw_fed_identical_gradients(tmp_path, capsys):
@@ -134,7 +160,7 @@ def test_bf16_against_autocast(name, tmp_path, capsys):
         exact = harness.gradients(base, weights)
         whole = lambda tensors: np.concatenate([tensors[n].ravel() for n in exact if n.startswith("grad.")])
         harness.write_case(tmp_path, layout, weights)
-        dumped = harness.run_ours(tmp_path, binary=ROOT / "build" / "cpu-bf16" / "test_gpt")
+        dumped = harness.run_ours(tmp_path, binary=harness.program("bf16"))
         ours.append(harness.relative_error(whole(dumped), whole(exact)))
         with_autocast = harness.gradients(base, weights, torch.float32, autocast=True)
         autocast.append(harness.relative_error(whole(with_autocast), whole(exact)))

@@ -45,7 +45,9 @@ struct Config {
     struct {
         std::string recompute = "none";
         int64_t mlp_chunk = 0, head_chunk = 256;
-        int64_t threads = 0, memory = 0;  // of each rank; memory in bytes, of all ranks on a machine
+        int64_t threads = 0, memory = 0;                 // of each rank; memory in bytes, of all ranks on a machine
+        bool deterministic = false;                      // on GPUs, like the next; elsewhere every run is
+        int64_t attention_workspace = int64_t(1) << 30;  // bytes
     } compute;
     struct {
         int64_t ranks = 1;
@@ -205,6 +207,12 @@ inline const std::vector<Flag>& flag_table() {
          "of each rank, 0 = its share of the cores", {0, 4096}},
         {"memory", TRAIN | GENERATE | EVAL, IN(compute, memory),
          "most bytes to use (12GiB works too), 0 = what is available", count},
+
+#ifdef USE_CUDA
+        {"deterministic", TRAIN | PLAN, IN(compute, deterministic), "the same bits every time, also in attention"},
+        {"attention-workspace", TRAIN | PLAN, IN(compute, attention_workspace),
+         "most bytes that cuDNN may take for --deterministic, else our own kernels run", count},
+#endif
 
         {"ranks", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, ranks),
          "pipeline ranks, as threads of this process; under mpirun its number of processes", {1, 4096}},

@@ -17,6 +17,10 @@
 
 #include "llmc/common.h"
 #include "llmc/device.h"
+#ifdef USE_CUDNN
+#include "llmc/kernels/copy.cuh"
+#include "llmc/kernels/cudnn_attention.h"
+#endif
 
 // One segment of a chunk: rows [begin, begin + length) of the chunk, after `context` earlier tokens of the same
 // sequence. A slice has its keys and values in the store of its sequence, [context + length, 2C], where slices to come
@@ -36,6 +40,10 @@ struct AttentionTile {
 struct Segments {
     std::span<const SegmentRows> rows;
     const AttentionTile* tiles = nullptr;
+#ifdef USE_CUDNN
+    const CudnnChunk* cudnn_chunk = nullptr;  // the chunk as cuDNN takes it, and its table on the device,
+    const int64_t* cudnn_table = nullptr;     // where device.cudnn is to be used
+#endif
 
     Segments(const std::vector<SegmentRows>& rows, const AttentionTile* tiles = nullptr) : rows(rows), tiles(tiles) {}
 };
@@ -354,6 +362,11 @@ void attention_dispatch(int64_t head_size, Call call) {
 inline void attention_forward(const Device& device, Matrix<floatX> out /*[N,C]*/, Matrix<floatS> lse /*[N,NH]*/,
                               Matrix<const floatX> qkv /*[N,3C]*/, Matrix<const floatX> store /*[T,2C]*/,
                               const Segments& segments, int heads) {
+#ifdef USE_CUDNN
+    if (device.cudnn)
+        return device.cudnn->forward(*segments.cudnn_chunk, segments.cudnn_table, out, lse, qkv, store, device.scratch,
+                                     device.stream);
+#endif
     const AttentionInputs in{qkv, store, heads, int(out.cols / heads)};
     const dim3 blocks(unsigned(attention_query_tiles(segments.rows)), unsigned(heads));
     attention_dispatch(in.head_size, [&]<int W>() {
@@ -367,6 +380,20 @@ inline void attention_backward(const Device& device, Matrix<floatX> d_qkv /*[N,3
                                Matrix<const floatX> d_out /*[N,C]*/, Matrix<const floatX> out /*[N,C]*/,
                                Matrix<const floatS> lse /*[N,NH]*/, Matrix<const floatX> qkv /*[N,3C]*/,
                                Matrix<const floatX> store /*[T,2C]*/, const Segments& segments, int heads) {
+#ifdef USE_CUDNN
+    if (device.cudnn) {  // which rounds the gradients of one slice to bf16 before they are added
+        const int64_t workspace = round_up(cudnn_workspace_bytes(device.cudnn->shape), 256);
+        const Matrix<bf16> d_slice(device.scratch_as<bf16>(size_t(d_store.size()), size_t(workspace)), d_store.rows,
+                                   d_store.cols);
+        device.cudnn->backward(*segments.cudnn_chunk, segments.cudnn_table, d_qkv, d_slice, d_out, out, lse, qkv, store,
+                               device.scratch, device.stream);
+        for (const SegmentRows& r : segments.rows)
+            if (r.sliced)
+                add_rows(device, d_store.row_range(0, r.context + r.length),
+                         d_slice.row_range(0, r.context + r.length));
+        return;
+    }
+#endif
     const AttentionInputs in{qkv, store, heads, int(out.cols / heads)};
     const int64_t query_tiles = attention_query_tiles(segments.rows), key_tiles = attention_key_tiles(segments.rows);
     float* D = device.scratch_as<float>(size_t(out.rows) * heads);

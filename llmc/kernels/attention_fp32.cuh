@@ -71,7 +71,7 @@ __device__ float row_reduce(float value, Combine combine) {
 }
 
 template <int W>
-__global__ void __launch_bounds__(ATTENTION_THREADS)
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     attention_forward_kernel(Matrix<float> out /*[N,C]*/, Matrix<float> lse /*[N,NH]*/, AttentionInputs in,
                              const AttentionTile* tiles) {
     const SegmentRows segment = tiles[blockIdx.x].segment;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
 
 // dq of a tile of queries.
 template <int W>
-__global__ void __launch_bounds__(ATTENTION_THREADS)
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     attention_backward_queries_kernel(Matrix<float> d_qkv /*[N,3C]*/, Matrix<const float> d_out /*[N,C]*/,
                                       Matrix<const float> lse /*[N,NH]*/, const float* D /*[N,NH]*/, AttentionInputs in,
                                       const AttentionTile* tiles) {
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
 
 // dk and dv of a tile of keys.
 template <int W>
-__global__ void __launch_bounds__(ATTENTION_THREADS)
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     attention_backward_keys_kernel(Matrix<float> d_qkv /*[N,3C]*/, Matrix<float> d_store /*[T,2C]*/,
                                    Matrix<const float> d_out /*[N,C]*/, Matrix<const float> lse /*[N,NH]*/,
                                    const float* D /*[N,NH]*/, AttentionInputs in, const AttentionTile* tiles) {

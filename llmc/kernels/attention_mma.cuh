@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     const int keys = last - row0 + queries;
 
     bf16* q = shared_memory<bf16>();                      // [128, W]
-    bf16* buffers = q + tile_size<W>(ATTENTION_QUERIES);  // 2 x (k [64, W], v [64, W])
+    bf16* buffers = q + tile_size<W>(ATTENTION_QUERIES);  // 2 x (k [32, W], v [32, W])
     const auto copy_keys = [&](int buffer, int key) {
         bf16* k = buffers + buffer * tile_size<W>(2 * KEYS_AT_ONCE);
         copy_tile<W, KEYS_AT_ONCE>(k, rows.k + int64_t(key) * rows.kv_stride, rows.kv_stride, keys - key, in.head_size);

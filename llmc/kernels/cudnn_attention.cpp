@@ -224,7 +224,7 @@ struct CudnnAttention::Plans {
     }
 };
 
-CudnnAttention::CudnnAttention(const CudnnShape& shape) : plans(std::make_unique<Plans>(shape)) {
+CudnnAttention::CudnnAttention(const CudnnShape& shape) : shape(shape), plans(std::make_unique<Plans>(shape)) {
     int device = 0, major = 0, minor = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
@@ -235,7 +235,7 @@ CudnnAttention::CudnnAttention(const CudnnShape& shape) : plans(std::make_unique
 }
 
 CudnnAttention::CudnnAttention(const CudnnShape& shape, const std::string& device_properties, int architecture)
-    : plans(std::make_unique<Plans>(shape)) {
+    : shape(shape), plans(std::make_unique<Plans>(shape)) {
     plans->properties = std::make_shared<fe::DeviceProperties>();
     check(plans->properties->deserialize({device_properties.begin(), device_properties.end()}),
           "reading the device's properties");

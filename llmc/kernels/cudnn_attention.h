@@ -22,7 +22,7 @@
 #include "llmc/common.h"
 
 struct CudnnShape {
-    int heads = 0;
+    int64_t heads = 0;
     int64_t head_size = 0;       // a multiple of 8, up to 128 (on sm_90: 256)
     int64_t context = 0;         // T, the longest sequence
     int64_t chunk_tokens = 0;    // N of the largest chunk
@@ -165,6 +165,8 @@ std::string cudnn_version();  // 9.19.0, say; 0.0.0 where it cannot be loaded
 // The plans of one rank, for its device. Errors are Failures that name the call and what cuDNN says of it.
 class CudnnAttention {
 public:
+    const CudnnShape shape;
+
     // Builds the plans of all buckets, for the device that is current: about 2 s a bucket with the backward pass.
     explicit CudnnAttention(const CudnnShape& shape);
     // Only asks cuDNN whether it has them, for a device of these properties (cuDNN's JSON) and

@@ -37,6 +37,11 @@ struct RankOptions {
     bool training = true;  // without: weights, and activations of the forward pass
     Layout layout = {};
     int local_rank = 0;  // among those of its host, which share its GPUs
+#ifdef USE_CUDA
+    bool cudnn = true;           // where the program has it
+    bool deterministic = false;  // the same bits every time; cuDNN's backward pass wants memory for that,
+    int64_t attention_workspace = int64_t(1) << 30;  // and gets so many bytes: beyond them, our own kernels run
+#endif
 
     ScheduleInput schedule_input(int chunks, bool training, bool sliced) const {
         const int L = int(model.layers);
@@ -67,11 +72,46 @@ struct RankOptions {
     }
 };
 
+#ifdef USE_CUDNN
+inline CudnnShape cudnn_shape(const RankOptions& o) {
+    CudnnShape shape;
+    shape.heads = o.model.heads, shape.head_size = o.model.head_size();
+    shape.context = o.model.context, shape.chunk_tokens = o.chunk_tokens;
+    shape.backward = o.training, shape.deterministic = o.deterministic;
+    return shape;
+}
+#endif
+
+// Why attention is not cuDNN's, as a sentence; empty where it is.
+inline std::string why_not_cudnn([[maybe_unused]] const RankOptions& o) {
+#if defined(USE_CUDNN)
+    if (!o.cudnn) return "single queries";
+    const int64_t bytes = cudnn_workspace_bytes(cudnn_shape(o));
+    if (o.deterministic && bytes > o.attention_workspace)
+        return "--deterministic would take cuDNN " + std::to_string(bytes >> 20) +
+               " MiB of workspace, --attention-workspace allows " + std::to_string(o.attention_workspace >> 20) +
+               " MiB";
+    return cudnn_absence();
+#elif defined(USE_CUDA)
+    return "built without cuDNN";
+#else
+    return "on the CPU";
+#endif
+}
+
 // Scratch of the kernels, the largest need of any of them; ops run one at a time.
 inline int64_t kernel_scratch_bytes(const RankOptions& o) {
     const GptConfig& g = o.model;
-    return int64_t(std::max({matmul_scratch_bytes(o.threads), layernorm_backward_scratch_bytes(o.threads, g.channels),
-                             attention_scratch_bytes(o.threads, g.head_size(), int(g.heads), o.chunk_tokens)}));
+    int64_t cudnn = 0;
+#ifdef USE_CUDNN
+    if (why_not_cudnn(o).empty())
+        cudnn = round_up(cudnn_workspace_bytes(cudnn_shape(o)), 256) +
+                (o.training ? g.context * 2 * g.channels * int64_t(sizeof(floatX)) : 0);
+#endif
+    return std::max(
+        cudnn, int64_t(std::max({matmul_scratch_bytes(o.threads), reduce_scratch_bytes(),
+                                 layernorm_backward_scratch_bytes(o.threads, g.channels),
+                                 attention_scratch_bytes(o.threads, g.head_size(), int(g.heads), o.chunk_tokens)})));
 }
 
 // The lists of all ranks for a step whose cut sequences have so many chunks each (1: a chunk by itself), proven right.
@@ -158,6 +198,9 @@ struct Rank {
     MemoryPlan memory;
     std::vector<Parameter> parameters;
     OpenDevice opened;
+#ifdef USE_CUDNN
+    std::unique_ptr<CudnnAttention> cudnn;
+#endif
     Device device;  // with this rank's scratch
 
     floatX* weights = nullptr;    // flat buffers, in the order of parameter_table
@@ -204,11 +247,24 @@ struct Rank {
         }
         workspace = take(memory.workspace);
         transport.attach(device);
+#ifdef USE_CUDNN
+        if (why_not_cudnn(o).empty()) {
+            cudnn = std::make_unique<CudnnAttention>(cudnn_shape(o));
+            device.cudnn = cudnn.get();
+        }
+#endif
         device.scratch = take(memory.scratch);
         device.scratch_bytes = size_t(memory.scratch);
     }
     ~Rank() {
-        if (std::uncaught_exceptions() > 0) transport.abandon();
+        if (std::uncaught_exceptions() > 0) {
+            transport.abandon();
+        } else {
+#ifdef USE_CUDA
+            cudaStreamSynchronize(device.stream);  // an error has been reported, or no longer counts
+#endif
+            transport.detach();
+        }
         free_on_device(base, memory.total() - memory.activations);
         free_on_device(activations, memory.activations);
     }

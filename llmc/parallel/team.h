@@ -13,6 +13,9 @@
 #ifdef USE_MPI
 #include "llmc/parallel/mpi_transport.h"
 #endif
+#ifdef USE_NCCL
+#include "llmc/parallel/nccl_transport.h"
+#endif
 
 class Team {
 public:
@@ -63,14 +66,22 @@ public:
     template <class Body>
     int run(int ranks, double hang_timeout, const Body& body) {
         if (ranks == 1) return run_rank(*transport_, body);
+        const bool nccl = gpu_for_each_rank(ranks);
         if (launch.ranks > 1) {
-            const Watch watch(*this, {transport_.get()}, hang_timeout);
-            return run_rank(*transport_, body);
+            const std::unique_ptr<Transport> over_nccl = nccl ? nccl_transport(*transport_) : nullptr;
+            Transport& transport = nccl ? *over_nccl : *transport_;
+            const Watch watch(*this, {&transport}, hang_timeout);
+            return run_rank(transport, body);
         }
         ThreadTeam team(ranks);
-        std::vector<std::unique_ptr<ThreadTransport>> transports;
-        for (int rank = 0; rank < ranks; ++rank)
+        std::vector<std::unique_ptr<Transport>> threads_only, transports;
+        for (int rank = 0; rank < ranks; ++rank) {
             transports.push_back(std::make_unique<ThreadTransport>(team, rank, ranks));
+            if (nccl) {
+                threads_only.push_back(std::move(transports.back()));
+                transports.back() = nccl_transport(*threads_only.back());
+            }
+        }
         std::vector<const Transport*> members;
         for (const auto& transport : transports) members.push_back(transport.get());
         const Watch watch(*this, members, hang_timeout);
@@ -89,8 +100,12 @@ public:
             });
         // A rank in the midst of an op first ends it, unless that takes too long.
         if (!team.wait_for_all(std::chrono::seconds(8))) {
-            std::fprintf(stderr, "train_gpt: rank %d has failed, and the others do not end:\n%s\n", team.failed_rank(),
-                         status().c_str());
+            std::string cause;
+            try {
+                std::rethrow_exception(errors[size_t(team.failed_rank())]);
+            } catch (const std::exception& error) { cause = error.what(); }
+            std::fprintf(stderr, "train_gpt: rank %d has failed, and the others do not end: %s\n%s\n",
+                         team.failed_rank(), cause.c_str(), status().c_str());
             _exit(EXIT_PEER);
         }
         for (std::thread& thread : threads) thread.join();
@@ -107,6 +122,24 @@ private:
     std::vector<const Transport*> members_ = {transport_.get()};  // of this process
 
     std::unique_ptr<Watchdog> watchdog_;
+
+    // Whether tensors go by NCCL, which wants a GPU of its own for each rank.
+    bool gpu_for_each_rank([[maybe_unused]] int ranks) {
+        double with_enough = 0;  // processes
+#ifdef USE_NCCL
+        int gpus = 0;
+        with_enough = cudaGetDeviceCount(&gpus) == cudaSuccess && gpus >= local_ranks(ranks);
+        transport_->sum({&with_enough, 1});
+#endif
+        return with_enough == transport_->ranks;
+    }
+    static std::unique_ptr<Transport> nccl_transport([[maybe_unused]] Transport& control) {
+#ifdef USE_NCCL
+        return std::make_unique<NcclTransport>(control);
+#else
+        return nullptr;
+#endif
+    }
 
     // As long as ranks run, they are seen by SIGQUIT and the watchdog.
     struct Watch {

@@ -54,17 +54,25 @@ public:
         chunks.clear();
 #ifdef USE_CUDA
         std::vector<std::byte> packed;
-        std::vector<std::array<int64_t, 6>> offsets;  // [chunk] of its arrays, in bytes
+        std::vector<std::array<int64_t, 7>> offsets;  // [chunk] of its arrays, in bytes
         const auto append = [&]<class T>(const std::vector<T>& values) {
             const size_t offset = size_t(round_up(int64_t(packed.size()), 64));
             packed.resize(offset + values.size() * sizeof(T));
             if (!values.empty()) std::memcpy(packed.data() + offset, values.data(), values.size() * sizeof(T));
             return int64_t(offset);
         };
+#ifdef USE_CUDNN
+        cudnn_chunks_.clear();
+        for (const std::vector<SegmentRows>& rows : step.segments)
+            if (device.cudnn) cudnn_chunks_.push_back(cudnn_chunk(device.cudnn->shape, std::span(rows)));
+#endif
         for (size_t c = 0; c < step.chunks.size(); ++c) {
             const ChunkTokens& t = step.chunks[c];
             offsets.push_back({append(t.tokens), append(t.positions), append(t.targets), append(sorted_rows(t.tokens)),
-                               append(sorted_rows(t.positions)), append(attention_tiles(step.segments[c]))});
+                               append(sorted_rows(t.positions)), append(attention_tiles(step.segments[c])), 0});
+#ifdef USE_CUDNN
+            if (device.cudnn) offsets.back()[6] = append(cudnn_chunks_[c].table);
+#endif
         }
         if (int64_t(packed.size()) > memory_.size()) memory_ = DeviceMemory<std::byte>(int64_t(packed.size()));
         upload(device, memory_.data(), packed.data(), int64_t(packed.size()));
@@ -75,6 +83,12 @@ public:
                  {ints(0), ints(1), ints(3), ints(4)},
                  ints(2),
                  {step.segments[c], reinterpret_cast<const AttentionTile*>(memory_.data() + offsets[c][5])}});
+#ifdef USE_CUDNN
+            if (device.cudnn) {
+                chunks.back().segments.cudnn_chunk = &cudnn_chunks_[c];
+                chunks.back().segments.cudnn_table = reinterpret_cast<const int64_t*>(memory_.data() + offsets[c][6]);
+            }
+#endif
         }
 #else
         (void)device;
@@ -91,5 +105,8 @@ public:
 private:
 #ifdef USE_CUDA
     DeviceMemory<std::byte> memory_;
+#endif
+#ifdef USE_CUDNN
+    std::vector<CudnnChunk> cudnn_chunks_;
 #endif
 };

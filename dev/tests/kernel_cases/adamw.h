@@ -10,7 +10,7 @@ inline void adamw_case(Cases& cases, int64_t n, bool decay, float sigma) {
         "n=" + std::to_string(n) + (decay ? " decay" : "") + " sigma=" + std::to_string(int(sigma));
     const DeviceArray<floatS> master(device, normal_values(1, n)), m(device, std::vector<float>(n)),
         v(device, std::vector<float>(n));
-    const DeviceArray<floatX> copy(device, adamw_weights_are_master ? 0 : n);
+    const DeviceArray<floatX> copy(device, n);
     floatX* weights = adamw_weights_are_master ? reinterpret_cast<floatX*>(master.data()) : copy.data();
     AdamW options{.lr = 0.02, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.1};
     options.gradient_scale = 0.3;

@@ -10,6 +10,12 @@ struct LayerNormShape {
     float mean = 0;
 };
 
+// Rounded to multiples of 1/16: bf16 holds the sum of two below 8 exactly.
+inline std::vector<float> sixteenths(std::vector<float> values) {
+    for (float& value : values) value = std::clamp(std::nearbyint(value * 16) / 16, -7.f, 7.f);
+    return values;
+}
+
 inline void layernorm_case(Cases& cases, const LayerNormShape& s) {
     const Device& device = cases.device;
     const int64_t N = s.N, C = s.C, stride = C + s.gap, n = N * stride;
@@ -18,7 +24,8 @@ inline void layernorm_case(Cases& cases, const LayerNormShape& s) {
     const Bounds fp32{1e-5, 1e-5};  // of results in fp32 that depend on exact inputs
 
     const DeviceArray<floatX> weight(device, normal_values(1, C)), bias(device, normal_values(2, C));
-    const DeviceArray<floatX> b(device, normal_values(3, n, 0.5f)), dout(device, normal_values(4, n));
+    const std::vector<float> b_values = normal_values(3, n, 0.5f);
+    const DeviceArray<floatX> b(device, b_values), dout(device, normal_values(4, n));
     const std::vector<float> a_values = normal_values(5, n, 1, s.mean), before = normal_values(6, n);
     const DeviceArray<floatR> a(device, a_values);
     const Matrix<const floatR> in = a.matrix(N, C, stride);
@@ -37,19 +44,29 @@ inline void layernorm_case(Cases& cases, const LayerNormShape& s) {
     cases.record("residual_forward out", shape, total.values());
     cases.record("residual_forward in place", shape, total_in_place.values());
 
-    const DeviceArray<floatR> residual(device, before), residual_in_place(device, a_values);
-    const auto fused = [&](const std::string& name, const DeviceArray<floatR>& to, Matrix<const floatR> from) {
-        const DeviceArray<floatX> normed(device, before);
-        const DeviceArray<floatS> mean(device, N), rstd(device, N);
-        residual_layernorm_forward(device, to.matrix(N, C, stride), normed.matrix(N, C, stride), mean, rstd, from,
-                                   branch, weight, bias);
-        cases.record(name + " residual", shape, to.values());
-        cases.record(name + " out", shape, normed.values());
-        cases.record(name + " mean", shape, mean.values());
-        cases.record(name + " rstd", shape, rstd.values());
-    };
-    fused("residual_layernorm_forward", residual, in);
-    fused("residual_layernorm_forward in place", residual_in_place, residual_in_place.matrix(N, C, stride));
+    // Sums that bf16 holds exactly, for the rest to be compared closely; then sums that are rounded, in place.
+    const DeviceArray<floatR> exact_a(device, sixteenths(a_values)), residual(device, before);
+    const DeviceArray<floatX> exact_b(device, sixteenths(b_values)), fused(device, before);
+    const DeviceArray<floatS> fused_mean(device, N), fused_rstd(device, N);
+    residual_layernorm_forward(device, residual.matrix(N, C, stride), fused.matrix(N, C, stride), fused_mean,
+                               fused_rstd, exact_a.matrix(N, C, stride), exact_b.matrix(N, C, stride), weight, bias);
+    cases.record("residual_layernorm_forward residual", shape, residual.values(), EXACT);
+    cases.record("residual_layernorm_forward out", shape, fused.values());
+    cases.record("residual_layernorm_forward mean", shape, fused_mean.values(), fp32);
+    cases.record("residual_layernorm_forward rstd", shape, fused_rstd.values(), fp32);
+
+    const DeviceArray<floatR> in_place(device, a_values);
+    residual_layernorm_forward(device, in_place.matrix(N, C, stride), fused.matrix(N, C, stride), fused_mean,
+                               fused_rstd, in_place.matrix(N, C, stride), branch, weight, bias);
+    cases.record("residual_layernorm_forward in place", shape, in_place.values());
+    const std::vector<double> stored = in_place.values(), means = fused_mean.values();
+    bool same = true;
+    for (int64_t i = 0; i < N; i++) {
+        double sum = 0, magnitude = 0;
+        for (int64_t c = 0; c < C; c++) sum += stored[i * stride + c], magnitude += std::abs(stored[i * stride + c]);
+        same = same && std::abs(sum / double(C) - means[i]) <= 1e-6 * magnitude / double(C);
+    }
+    cases.record("residual_layernorm_forward means of what it stores", shape, {double(same)}, EXACT);
 
     cases.give_scratch(layernorm_backward_scratch_bytes(device.threads, C));
     const auto backward = [&] {

@@ -31,8 +31,7 @@ inline void matmul_cases(Cases& cases) {
         X gelu_alone(device, before);
         matmul_forward(device, plain.matrix(N, OC, OC + gap), x, w, nullptr);
         matmul_forward(device, biased.matrix(N, OC, OC + gap), x, w, bias);
-        matmul_forward(device, gelu.matrix(N, OC, OC + gap), x, w, bias, Activation::gelu,
-                       pre.matrix(N, OC, OC + gap));
+        matmul_forward(device, gelu.matrix(N, OC, OC + gap), x, w, bias, Activation::gelu, pre.matrix(N, OC, OC + gap));
         matmul_forward(device, gelu_alone.matrix(N, OC, OC + gap), x, w, bias, Activation::gelu);
         cases.record("matmul_forward", shape, plain.values());
         cases.record("matmul_forward bias", shape, biased.values());
