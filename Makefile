@@ -55,9 +55,9 @@ FRONT_END := $(firstword $(CUDNN_FRONTEND) $(wildcard build/venv-cuda/lib/python
 compiles   = $(shell printf '\043$(1)' | $(CXX) -std=c++20 -x c++ - -x none -o /dev/null $(2) 2>/dev/null && echo yes)
 ifeq ($(DEVICE),cuda)
 HAS_NCCL  := $(if $(NO_NCCL),,$(call compiles,include <nccl.h>\nint main() { return ncclGetVersion(nullptr); },$(CUDA_PATHS) -lnccl))
-HAS_CUDNN := $(if $(NO_CUDNN)$(filter fp32,$(PRECISION)),,$(call compiles,include <cudnn.h>\n\043include <cudnn_frontend_version.h>\nstatic_assert(CUDNN_VERSION >= 90600);int main() {},$(FRONT_END:%=-isystem %) $(CUDA_PATHS)))
+HAS_CUDNN := $(if $(NO_CUDNN),,$(call compiles,include <cudnn.h>\n\043include <cudnn_frontend_version.h>\nstatic_assert(CUDNN_VERSION >= 90600);int main() {},$(FRONT_END:%=-isystem %) $(CUDA_PATHS)))
 $(if $(HAS_NCCL),,$(info No NCCL: ranks exchange through host memory, or within one GPU.))
-$(if $(HAS_CUDNN)$(filter fp32,$(PRECISION)),,$(info No cuDNN or front end (scripts/setup.sh --cuda): our own attention, slower, takes its place.))
+$(if $(HAS_CUDNN),,$(info No cuDNN or front end (scripts/setup.sh --cuda): our own attention, slower, takes its place.))
 endif
 CUDNN_OBJECT := build/cuda-cudnn_attention.o
 
@@ -69,7 +69,7 @@ BUILD_cuda-on-host = $(COMPILE) $(ON_HOST) $(PRECISION_$(PRECISION)) -x c++ $< -
 BUILD_cuda  = @mkdir -p $(@D) && echo "  build  $@" && $(NVCC) -std=c++20 -O3 -x cu $(CUDA_ARCH) --expt-relaxed-constexpr \
               -DUSE_CUDA $(PRECISION_$(PRECISION)) $(addprefix -Xcompiler ,$(HOST_FLAGS)) -I. $(DEPS:%=-isystem %) $(CUDA_PATHS) \
               -MMD -MP -MF $@.d $< -o $@ -lcublasLt $(if $(HAS_NCCL),-DUSE_NCCL -lnccl) \
-              $(if $(HAS_CUDNN),-DUSE_CUDNN -Xlinker $(CUDNN_OBJECT) -ldl) $(MPI_FLAGS)
+              $(if $(and $(HAS_CUDNN),$(filter bf16,$(PRECISION))),-DUSE_CUDNN -Xlinker $(CUDNN_OBJECT) -ldl) $(MPI_FLAGS)
 
 $(CUDNN_OBJECT): llmc/kernels/cudnn_attention.cpp
 	@mkdir -p $(@D) && echo "  build  $@" && $(CXX) -std=c++20 -O1 -Wall -Wextra -I. -MMD -MP -MF $@.d \
@@ -92,9 +92,7 @@ run:  ## set up, build, make a corpus of /usr/include, train `tiny` for a minute
 
 test:  ## set up, build, run every test; the last line reads `N passed, N failed`
 	@scripts/setup.sh --test
-	@$(MAKE) --no-print-directory PRECISION=bf16 build/$(DEVICE)-bf16/train_gpt build/$(DEVICE)-bf16/test_gpt
-	@$(MAKE) --no-print-directory PRECISION=fp64 build/$(DEVICE)-fp64/test_gpt
-	@$(MAKE) --no-print-directory -j2 all tests build/cuda-on-host-fp32/test_gpt
+	@$(MAKE) --no-print-directory -j2 all tests
 	@$(if $(NVCC),scripts/setup.sh --cuda && $(MAKE) --no-print-directory -j2 DEVICE=cuda cuda-build,echo "No nvcc: the CUDA build is not tested.")
 	@scripts/run_tests.sh
 
@@ -105,38 +103,36 @@ bench:  ## set up (a current PyTorch, too) and build the benchmarks into build/b
 # What `make test` builds for GPUs, to see that it builds.
 cuda-build: $(BUILD)/train_gpt build/tests/kernel_cases_cuda-fp32 $(if $(HAS_CUDNN),build/tests/cudnn_plans_test)
 
-tests: $(UNIT_TESTS) $(FUZZ_TESTS) build/tests/cuda_on_host_faults \
+tests: $(addprefix build/,cpu-bf16/train_gpt cpu-bf16/test_gpt cpu-fp64/test_gpt cuda-on-host-fp32/test_gpt) \
+       $(UNIT_TESTS) $(FUZZ_TESTS) build/tests/cuda_on_host_faults \
        $(addprefix build/tests/kernel_cases_,cpu-fp64 cpu-fp32 cpu-bf16 cuda-on-host-fp32 cuda-on-host-bf16) $(if $(MPI_FLAGS),build/tests/mpi_check build/tests/mpi_layouts)
 
 train_gpt test_gpt: %: $(BUILD)/% FORCE
 	@ln -sfn $< $@
 
-BUILT_WITH = $(CXX) $(CXXFLAGS) $(MPI_FLAGS) $(if $(HAS_NCCL),NCCL) $(if $(HAS_CUDNN),cuDNN)
-# What the programs were built with; they are built again when it changes.
-$(BUILD)/flags: FORCE
-	@mkdir -p $(@D) && echo '$(BUILT_WITH)' | cmp -s - $@ || echo '$(BUILT_WITH)' >$@
-
 build/tests/cudnn_plans_test: dev/tests/cudnn_plans_test.cpp $(CUDNN_OBJECT)
 	$(COMPILE) -O1 -DPRECISION_BF16 $(CUDA_PATHS) -DCUDA_DRIVER_STUB='"$(CUDA)/lib64/stubs/libcuda.so"' $^ -o $@ \
 	    -lgtest -lgtest_main -lcudart -ldl -pthread
 
-build/cuda-on-host-%/test_gpt: test_gpt.cu
-	$(BUILD_cuda-on-host)
-build/cuda-on-host-fp32/test_gpt: PRECISION := fp32
-build/cuda-on-host-bf16/test_gpt: PRECISION := bf16
-
-$(BUILD)/%: %.cu $(BUILD)/flags $(if $(HAS_CUDNN),$(CUDNN_OBJECT))
-	$(BUILD_$(DEVICE))
-
-# The cases of all kernels, built for each device and precision to be compared.
-define kernel_cases_rule
-build/tests/kernel_cases_$(1)-$(2): DEVICE := $(1)
-build/tests/kernel_cases_$(1)-$(2): PRECISION := $(2)
-build/tests/kernel_cases_$(1)-$(2): dev/tests/kernel_cases.cpp ; $$(BUILD_$(1))
+# Programs and the cases of all kernels, for each device and precision. They are built again when what they are built
+# with changes.
+BUILT_WITH = $(CXX) $(CXXFLAGS) $(MPI_FLAGS) $(if $(filter cuda,$(DEVICE)),$(CUDA_ARCH) $(if $(HAS_NCCL),NCCL) $(if $(HAS_CUDNN),cuDNN))
+define programs
+build/$(1)-$(2)/% build/tests/kernel_cases_$(1)-$(2): DEVICE := $(1)
+build/$(1)-$(2)/% build/tests/kernel_cases_$(1)-$(2): PRECISION := $(2)
+build/$(1)-$(2)/%: %.cu build/$(1)-$(2)/flags $$(if $$(HAS_CUDNN),$$(CUDNN_OBJECT)) ; $$(BUILD_$(1))
+build/tests/kernel_cases_$(1)-$(2): dev/tests/kernel_cases.cpp $$(if $$(HAS_CUDNN),$$(CUDNN_OBJECT)) ; $$(BUILD_$(1))
+build/$(1)-$(2)/flags: FORCE ; @mkdir -p $$(@D) && echo '$$(BUILT_WITH)' | cmp -s - $$@ || echo '$$(BUILT_WITH)' >$$@
 endef
-$(foreach precision,fp32 bf16 fp64,$(eval $(call kernel_cases_rule,cpu,$(precision))))
-$(foreach precision,fp32 bf16,$(eval $(call kernel_cases_rule,cuda-on-host,$(precision))))
-$(foreach precision,fp32 bf16,$(eval $(call kernel_cases_rule,cuda,$(precision))))
+$(foreach precision,fp32 bf16 fp64,$(eval $(call programs,cpu,$(precision))))
+$(foreach device,cuda-on-host cuda,$(foreach precision,fp32 bf16,$(eval $(call programs,$(device),$(precision)))))
+
+# Tests of CUDA code, without a GPU.
+build/tests/nccl_transport_on_host_test: ON_HOST := -Idev/tests/nccl_on_host -DUSE_NCCL $(ON_HOST)
+build/tests/cuda_on_host_faults: dev/tests/cuda_on_host/faults.cpp
+	$(COMPILE) $(ON_HOST) -DPRECISION_BF16 $< -o $@ -lboost_context
+build/tests/%_on_host_test: dev/tests/%_on_host_test.cpp
+	$(COMPILE) $(ON_HOST) -DPRECISION_FP32 $< -o $@ -lgtest -lgtest_main -lboost_context -pthread
 
 build/tests/fuzz_%: dev/tests/fuzz_%.cpp
 	$(COMPILE) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DPRECISION_FP32 $< -o $@
@@ -146,13 +142,6 @@ build/tests/%_tsan_test: dev/tests/%_tsan_test.cpp
 
 build/tests/%_fp64_test: dev/tests/%_fp64_test.cpp
 	$(COMPILE) -O2 -DPRECISION_FP64 $< -o $@ -lgtest -lgtest_main -pthread
-
-# Tests of CUDA code, without a GPU.
-build/tests/nccl_transport_on_host_test: ON_HOST := -Idev/tests/nccl_on_host -DUSE_NCCL $(ON_HOST)
-build/tests/cuda_on_host_faults: dev/tests/cuda_on_host/faults.cpp
-	$(COMPILE) $(ON_HOST) -DPRECISION_BF16 $< -o $@ -lboost_context
-build/tests/%_on_host_test: dev/tests/%_on_host_test.cpp
-	$(COMPILE) $(ON_HOST) -DPRECISION_FP32 $< -o $@ -lgtest -lgtest_main -lboost_context -pthread
 
 build/tests/mpi_%: dev/tests/mpi_%.cpp
 	$(COMPILE) -O2 -DPRECISION_FP32 $< -o $@ $(MPI_FLAGS)

@@ -124,11 +124,10 @@ __global__ void __launch_bounds__(512, 2)
     const float scale = dloss / total;
     const floatX* from = keep_row ? kept : row;  // what this thread itself has put there
     for (int c = first; c < padded; c += step) {
-        Floats g = {};
-        if (c < columns) g = load(from + c);
+        Floats g = load(from + c);  // in the padding anything
 #pragma unroll
         for (int k = 0; k < PACK; k++) g[k] = fast_exp_nonpositive(g[k] - row_top) * scale;
-        if (c + PACK > columns || (c <= target && target < c + PACK))
+        if (c + PACK > columns || c / PACK == target / PACK)
 #pragma unroll
             for (int k = 0; k < PACK; k++) g[k] = c + k >= columns ? 0 : c + k == target ? g[k] - dloss : g[k];
         store(row + c, g);

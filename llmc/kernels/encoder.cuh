@@ -113,10 +113,10 @@ __global__ void encoder_backward_groups(Matrix<float> gradient /*[K, C] +=*/, fl
     if (begin >= dout.rows) return;
     const int n = dout.rows - begin < WARP ? int(dout.rows - begin) : WARP;
     const int32_t row = lane < n ? order[begin + lane] : 0;
-    const int32_t key = lane < n ? keys[row] : -1, next_key = __shfl_down_sync(ALL_LANES, key, 1);
+    const int32_t key = keys[row], next_key = __shfl_down_sync(ALL_LANES, key, 1);
     const bool continues = begin > 0 && keys[order[begin - 1]] == __shfl_sync(ALL_LANES, key, 0);
     // Bit i: a run, or its part in this group, ends with row i; and its sum is added to the gradient.
-    const unsigned ends = __ballot_sync(ALL_LANES, lane < n && (lane == n - 1 || key != next_key));
+    const unsigned ends = __ballot_sync(ALL_LANES, lane == n - 1 || key != next_key);
     const unsigned adds = continues ? ends & (ends - 1) : ends;
 
     const int64_t c = (int64_t(blockIdx.y) * WARP + lane) * PACK;
@@ -128,12 +128,12 @@ __global__ void encoder_backward_groups(Matrix<float> gradient /*[K, C] +=*/, fl
         float* to[ahead];
 #pragma unroll
         for (int j = 0; j < ahead; j++) {
-            const int i = begin_row + j;  // below 32, where rows at and after n have key -1
+            const int i = begin_row + j;  // from n on: row 0, fetched for nothing
             const int32_t row_i = __shfl_sync(ALL_LANES, row, i), key_i = __shfl_sync(ALL_LANES, key, i);
             const bool add = adds >> i & 1;
             to[j] = (add ? gradient.row(key_i) : partial + group * dout.cols) + c;
             d[j] = before[j] = Floats{};
-            if (inside && i < n) d[j] = load(dout.row(row_i) + c);
+            if (inside) d[j] = load(dout.row(row_i) + c);
             if (inside && add) before[j] = load(to[j]);
         }
 #pragma unroll

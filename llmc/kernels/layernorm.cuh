@@ -128,9 +128,9 @@ inline void layernorm_backward(const Device& device, Matrix<floatR> din /*[N, C]
 //   C <= 16384    a team is a block of up to 32 warps, and a thread has 2 packs
 
 template <int PACKS_, int TEAMS_>
-struct Rows {
+struct RowThreads {
     static constexpr int PACKS = PACKS_ /*per thread*/, TEAMS = TEAMS_ /*per block*/;
-    static constexpr int most_threads = TEAMS > 1 ? TEAMS* WARP : 1024;
+    static constexpr int most_threads = WARP * (TEAMS > 1 ? TEAMS : 32);
 
     static int threads(int64_t C) { return TEAMS > 1 ? TEAMS * WARP : int(round_up(ceil_div(C, PACKS * PACK), WARP)); }
 
@@ -145,18 +145,18 @@ struct Rows {
     }
 };
 
-// Calls run(Rows<...>()) for rows of C channels.
+// Calls run(RowThreads<...>()) for rows of C channels.
 template <class Run>
 auto with_rows(int64_t C, const Run& run) {
     constexpr int64_t width = WARP * PACK;
-    if (C <= 1 * width) return run(Rows<1, 8>());
-    if (C <= 2 * width) return run(Rows<2, 8>());
-    if (C <= 3 * width) return run(Rows<3, 8>());
-    if (C <= 4 * width) return run(Rows<4, 8>());
+    if (C <= 1 * width) return run(RowThreads<1, 8>());
+    if (C <= 2 * width) return run(RowThreads<2, 8>());
+    if (C <= 3 * width) return run(RowThreads<3, 8>());
+    if (C <= 4 * width) return run(RowThreads<4, 8>());
     if (C > 64 * width)
         throw Failure(EXIT_CONFIG, "LayerNorm on a GPU takes rows of at most 16384 channels, these have " +
                                        std::to_string(C) + "; choose fewer --channels");
-    return run(Rows<2, 1>());
+    return run(RowThreads<2, 1>());
 }
 
 // A pack as it lies in memory. Kept between two passes like this, bf16 takes half the registers of fp32.
@@ -368,19 +368,21 @@ __global__ void __launch_bounds__(Rows::most_threads, Rows::TEAMS > 1 ? 2 : 1)
     }
 }
 
-// A block has 32 of the 2 C columns, a warp every 32nd row, a lane one column.
+// A block has 16 of the 2 C columns, 16 neighbouring threads every 64th row.
+constexpr int SUMMED_COLUMNS = 2 * PACK, ROW_SLICES = 64;
+
 __global__ void layernorm_backward_sums(float* dweight /*[C] +=*/, float* dbias /*[C] +=*/,
                                         const float* partial /*[rows, 2, C]*/, int rows, int C) {
-    float* sums = shared_memory<float>();  // [32 warps, 32 lanes]
-    const int warp = int(threadIdx.x) / WARP, lane = int(threadIdx.x) % WARP, column = int(blockIdx.x) * WARP + lane;
+    float* sums = shared_memory<float>();  // [ROW_SLICES, SUMMED_COLUMNS]
+    const int slice = int(threadIdx.x) / SUMMED_COLUMNS;
+    const int column = int(blockIdx.x) * SUMMED_COLUMNS + int(threadIdx.x) % SUMMED_COLUMNS;
     float sum = 0;
-    if (column < 2 * C)
-#pragma unroll 8
-        for (int row = warp; row < rows; row += WARP) sum += partial[int64_t(row) * 2 * C + column];
-    sums[warp * WARP + lane] = sum;
+#pragma unroll 4
+    for (int row = slice; row < rows; row += ROW_SLICES) sum += partial[int64_t(row) * 2 * C + column];
+    sums[threadIdx.x] = sum;
     __syncthreads();
-    if (warp > 0 || column >= 2 * C) return;
-    for (int w = 1; w < WARP; w++) sum += sums[w * WARP + lane];
+    if (slice > 0) return;
+    for (int s = 1; s < ROW_SLICES; s++) sum += sums[s * SUMMED_COLUMNS + int(threadIdx.x)];
     *(column < C ? dweight + column : dbias + column - C) += sum;
 }
 
@@ -408,7 +410,8 @@ inline void layernorm_backward(const Device& device, Matrix<floatR> din /*[N, C]
         launch(layernorm_backward_kernel<decltype(rows)>, dim3(unsigned(blocks)), rows.threads(C),
                size_t(2 * WARP + rows.TEAMS * 2 * C) * sizeof(float), device.stream, din, partial, dout, in, mean, rstd,
                weight);
-        launch(layernorm_backward_sums, dim3(unsigned(ceil_div(2 * C, WARP))), WARP * WARP, WARP * WARP * sizeof(float),
+        constexpr int threads = ROW_SLICES * SUMMED_COLUMNS;
+        launch(layernorm_backward_sums, dim3(unsigned(2 * C / SUMMED_COLUMNS)), threads, threads * sizeof(float),
                device.stream, dweight, dbias, partial, int(blocks), int(C));
     });
 }
