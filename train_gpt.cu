@@ -297,6 +297,7 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
             events.push_back({EventKind::receive, message, p.moment, end, p.bytes});
         }
         progress.computing(op);
+        const ProfilerRange range(op);
         const OpClock::Moment begin = clock.now();
         compute(rank, plan, i, loss_scale, observer);
         events.push_back({EventKind::compute, op, begin, clock.now()});
@@ -498,8 +499,8 @@ struct Job {
     Loader loader;
     std::optional<Loader> val_loader;
     Signals& signals;
-    double peak_gflops;       // of all ranks together
-    int64_t resident_before;  // bytes of the process before its ranks begin
+    double peak_gflops;   // of all ranks together
+    int64_t used_before;  // bytes of the device before the ranks begin
 };
 
 // A run in progress on one rank: where it stands. Rank 0 alone writes the metrics and speaks.
@@ -606,14 +607,22 @@ std::string start_weights(Training& run) {
     return from;
 }
 
-// How the planned memory compares with what the process has taken since the ranks began: in all for thread ranks, the
-// sum over the processes under MPI.
+// How the planned memory compares with what the process has taken since the ranks began: in all for thread ranks, of
+// each rank under MPI.
 void note_memory(Training& run) {
-    double sizes[] = {double(run.rank.memory.total()), double(resident_bytes() - run.job.resident_before)};
-    const double grown_here = sizes[1];
-    run.rank.transport.sum(sizes);
-    const double grown = run.job.config.launch.ranks > 1 ? sizes[1] : grown_here;
-    run.note(format("resident memory: planned %.1f MiB, grown %.1f MiB", sizes[0] / (1 << 20), grown / (1 << 20)));
+    const double planned = double(run.rank.memory.total()) / (1 << 20);
+    const double grown = double(used_on_device() - run.job.used_before) / (1 << 20);
+    if (run.job.config.launch.ranks > 1) {
+        std::string text;
+        for (const std::string& rank :
+             run.rank.transport.all_gather(format("planned %.1f MiB, grown %.1f MiB", planned, grown)))
+            text += (text.empty() ? "" : "; ") + rank;
+        run.note("resident memory of each rank: " + text);
+    } else {
+        double total = planned;
+        run.rank.transport.sum({&total, 1});
+        run.note(format("resident memory: planned %.1f MiB, grown %.1f MiB", total, grown));
+    }
 }
 
 // The events of all ranks, written by rank 0; whoever calls it stops recording.
@@ -683,7 +692,7 @@ int training_loop(Training& run) {
         // What the ranks have to agree on, or add up.
         const double seconds = seconds_now() - start;
         double totals[] = {rank.busy_seconds - busy_before, double(signals.stop_wanted),
-                           double(signals.checkpoint_wanted.exchange(false)), double(resident_bytes())};
+                           double(signals.checkpoint_wanted.exchange(false)), double(used_on_device())};
         transport.sum(totals);
         const auto [busy, stop_votes, checkpoint_votes, resident] = totals;
         const bool threads = c.launch.ranks == 1;  // one process has one resident size
@@ -697,7 +706,7 @@ int training_loop(Training& run) {
                            .tokens_per_second = double(step.tokens) / seconds,
                            .mfu = step.flops / seconds / (job.peak_gflops * 1e9),
                            .bubble = transport.ranks > 1 ? std::optional(bubble) : std::nullopt,
-                           .memory_bytes = threads ? resident_bytes() : int64_t(resident)};
+                           .memory_bytes = threads ? used_on_device() : int64_t(resident)};
         run.log(run.last_record);
         stop = stop_votes > 0 || run.validation_pending;
         if (number == first_step + 3) note_memory(run);
@@ -866,7 +875,7 @@ int train_command(Config c, Team& team) {
         double peak = 0;  // measured by one process while the others wait
         if (speaks) peak = measure_matrix_peak(threads);
         peak *= double(c.parallel.ranks) / team.local_ranks(int(c.parallel.ranks));
-        job.emplace(c, tokenizer, std::move(loader), std::move(val_loader), *signals, peak, resident_bytes());
+        job.emplace(c, tokenizer, std::move(loader), std::move(val_loader), *signals, peak, used_on_device());
     });
     if (dry_run) return 0;
     return team.run(int(c.parallel.ranks), double(c.parallel.hang_timeout),

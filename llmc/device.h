@@ -81,6 +81,17 @@ inline int64_t available_on_device() {
 #endif
 }
 
+// Bytes in use: of this process, or by all on a GPU.
+inline int64_t used_on_device() {
+#ifdef USE_CUDA
+    size_t free = 0, total = 0;
+    CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return int64_t(total - free);
+#else
+    return resident_bytes();
+#endif
+}
+
 // Opens the device for a rank, of this thread, and closes it with the rank. Ranks of a host take its GPUs in turns, and
 // share them where they are more.
 class OpenDevice {

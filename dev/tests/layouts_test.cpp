@@ -196,4 +196,38 @@ TEST(Layouts, PlantedErrorsAreFound) {
     });
     EXPECT_EQ(run.problems, std::vector<std::string>{"copies of wte.weight differ"});
 }
+
+// --verify-layout: agrees with itself, and not with a gradient of which one part in 4096 is off.
+TEST(Layouts, VerifyLayoutFindsAPlantedError) {
+    const LayoutCase layout{.schedule = "helix", .folds = 2, .ranks = 3, .layers = 4, .chunks = 6};
+    const Step step = prepare_step(layout.batch(), layout.chunk_tokens, layout.model());
+    for (const bool planted : {false, true}) {
+        int good = 0;  // ranks
+        std::mutex mutex;
+        on_thread_ranks(layout.ranks, [&](Transport& transport) {
+            NoTransport nobody;
+            Rank rank(layout.options(transport.rank, 6), transport);
+            std::optional<Rank> alone;
+            if (rank.index == 0) alone.emplace(layout.on_one_rank().options(0, 6), nobody);
+            LayoutComparison comparison(rank, alone ? &*alone : nullptr);
+            double loss[2] = {};
+            for (Rank* r : {&rank, alone ? &*alone : nullptr}) {
+                if (!r) continue;
+                set_weights(*r);
+                loss[r != &rank] = compute_gradients(*r, step);
+            }
+            if (planted)
+                for (const Parameter& p : rank.parameters)
+                    if (p.name == "h.1.mlp.c_fc.weight")
+                        for (int64_t n = 0; n < p.size(); ++n) rank.gradients[p.offset + n] *= 1 + 1.0f / 4096;
+            if (alone) comparison.compare_losses(loss[0], loss[1]);
+            comparison.compare_tensors(&Rank::gradients, &LayoutComparison::Errors::gradient);
+            const bool agrees = comparison.report("this layout");
+            const std::lock_guard lock(mutex);
+            good += agrees;
+        });
+        EXPECT_EQ(good, planted ? 0 : layout.ranks);
+    }
+}
+
 }  // namespace

@@ -65,6 +65,7 @@ inline int doctor_command(const Config& c) {
         measured.push_back({name, format("%.4g ", value) + unit});
     };
     int64_t memory = 0;
+    std::vector<TableRow> libraries;  // of CUDA
 #ifdef USE_CUDA
     const std::string built_for = "GPU, for sm_80, sm_90 and later";
     std::string machine = "no GPU";
@@ -74,6 +75,25 @@ inline int doctor_command(const Config& c) {
         measure(PRECISION_NAME "_gflops", measure_matrix_peak(threads), PRECISION_NAME " products", "GFLOP/s");
         measure("bandwidth_gb_per_s", measure_bandwidth(threads), "memory bandwidth", "GB/s (copy)");
     } catch (const Failure& failure) { problems.push_back(failure.what()); }
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);  // 0 where there is none
+    CUDA_CHECK(cudaRuntimeGetVersion(&runtime));
+    const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+    libraries.push_back({"CUDA", "runtime " + version(runtime) + ", driver for " + version(driver)});
+#ifdef USE_CUDNN
+    const std::string absence = cudnn_absence();
+    libraries.push_back({"cuDNN", absence.empty() ? cudnn_version() : absence});
+#else
+    libraries.push_back({"cuDNN", "not compiled in: our own attention"});
+#endif
+#ifdef USE_NCCL
+    int nccl = 0;
+    ncclGetVersion(&nccl);
+    libraries.push_back({"NCCL", std::to_string(nccl / 10000) + "." + std::to_string(nccl % 10000 / 100) + "." +
+                                     std::to_string(nccl % 100)});
+#else
+    libraries.push_back({"NCCL", "not compiled in: ranks exchange within a GPU or through the host"});
+#endif
 #else
     const std::string built_for = "CPU, built for x86-64-v3 (AVX2); wider kernels are chosen at start";
     const std::string machine = isa_name(cpu_isa());
@@ -85,6 +105,7 @@ inline int doctor_command(const Config& c) {
     if (c.json) {
         json["memory_available_bytes"] = memory;
         json["problems"] = problems;
+        for (const TableRow& row : libraries) json[row.first] = row.second;
         std::printf("%s\n", json_text(json, -1).c_str());
         return 0;
     }
@@ -94,6 +115,7 @@ inline int doctor_command(const Config& c) {
                  {"compiler", "g++ " __VERSION__},
                  {"ranks", built_with_mpi ? "threads of a process, or processes under MPI"
                                           : "threads of a process; MPI was not found when it was built"}});
+    if (!libraries.empty()) print_table("libraries", libraries);
     print_table("machine", {{"cpu", environment.at("cpu")},
                             {"computes on", machine},
                             {"threads", std::to_string(threads)},

@@ -60,8 +60,9 @@ public:
 
     // A rank may be in one op for 5 times the slowest of the last 100 of its kind, and 10 s at least; `hang_timeout`
     // seconds where that is not known yet, or where it is busy with something else, and for attention, whose work grows
-    // with the square of a document. A wait is judged by the slowest of all kinds. `resumed`: time before it does not
-    // count, since the process was stopped.
+    // with the square of a document. A wait is judged by the slowest of all kinds and of the waits before it, since
+    // large messages take their time on a slow network. `resumed`: time before it does not count, since the process was
+    // stopped.
     Report report(double hang_timeout, double resumed = 0) const {
         const State state = read();
         Report report{.activity = state.activity, .seconds = seconds_now() - std::max(state.since, resumed)};
@@ -70,8 +71,11 @@ public:
             if (state.op.part != Part::attention) slowest = durations(state.op).slowest();
         } else if (state.activity == Activity::waiting) {
             report.peer = state.op.peer;
-            for (const auto& passes : durations_)
-                for (const Durations& d : passes) slowest = std::max(slowest, d.slowest());
+            if (waits_.slowest() > 0) {
+                slowest = waits_.slowest();
+                for (const auto& passes : durations_)
+                    for (const Durations& d : passes) slowest = std::max(slowest, d.slowest());
+            }
         }
         report.limit = slowest > 0 ? std::max(10.0, 5 * slowest) : hang_timeout;
         const std::string name = text(state);
@@ -113,6 +117,7 @@ private:
     std::array<std::atomic<uint64_t>, std::tuple_size_v<Words>> words_{};
     State state_;                                        // the writer's own
     std::array<std::array<Durations, 3>, 5> durations_;  // [part][pass]
+    Durations waits_;                                    // for one transfer
 
     Durations& durations(const Op& op) { return durations_[size_t(op.part)][size_t(op.pass)]; }
     const Durations& durations(const Op& op) const { return durations_[size_t(op.part)][size_t(op.pass)]; }
@@ -120,6 +125,7 @@ private:
     void begin(State state) {
         state.since = seconds_now();
         if (state_.activity == Activity::computing) durations(state_.op).add(state.since - state_.since);
+        if (state_.activity == Activity::waiting) waits_.add(state.since - state_.since);
         state_ = state;
         Words words{};
         std::memcpy(words.data(), &state, sizeof state);

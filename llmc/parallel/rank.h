@@ -46,7 +46,9 @@ struct RankOptions {
     ScheduleInput schedule_input(int chunks, bool training, bool sliced) const {
         const int L = int(model.layers);
         const int most = int(ceil_div(L, layout.ranks));
-        const int v = layout.schedule != "interleaved" ? 1 : layout.virtual_stages ? layout.virtual_stages : most;
+        const int v = layout.schedule != "interleaved" ? 1
+                      : layout.virtual_stages          ? std::min(layout.virtual_stages, most)
+                                                       : most;
         return {layout.ranks, L, chunks, layout.folds, v, training, sliced};
     }
     std::string schedule_name() const {
@@ -140,16 +142,16 @@ inline Plan plan_pattern(const RankOptions& o, const std::vector<int>& group_siz
 
 // The patterns of chunks (group_sizes) that memory is planned for. One rank is done with a sequence before the next one
 // begins, so the longest counts. A pipeline has many chunks under way; the most chunks take the most memory but for the
-// gaps in an arena, so that all counts are tried, or, where these are many, some. Of sequences cut into slices, those
-// of one length are planned for, every length by itself; of mixtures, gaps may need a little more (then plan_for gets
-// it).
+// gaps in an arena, which depend on how the last group is filled: so all counts that differ in that are tried, and a
+// few smaller ones. Of sequences cut into slices, those of one length are planned for, every length by itself; of
+// mixtures, gaps may need a little more (then plan_for gets it).
 inline std::vector<std::vector<int>> planned_patterns(const RankOptions& o, bool training) {
     const int slices = int(ceil_div(o.model.context, o.chunk_tokens));  // of the longest sequence
     if (o.layout.ranks == 1) return {{slices}};
     std::vector<std::vector<int>> patterns;
     const int least = training ? o.layout.min_chunks : 1, most = o.layout.max_chunks;
-    const int stride = int(ceil_div(int64_t(most - least) * most * o.model.layers, 100'000));
-    for (int chunks = most; chunks >= least; chunks -= std::max(stride, 1))
+    const int group = o.layout.ranks * o.layout.folds, stride = std::max(1, (most - least - group) / 8);
+    for (int chunks = most; chunks >= least; chunks -= chunks > most - group ? 1 : stride)
         for (int length = slices; length == slices || length > 1; --length) {
             patterns.emplace_back(size_t(chunks / length), length);
             if (chunks % length) patterns.back().push_back(chunks % length);

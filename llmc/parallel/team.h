@@ -100,13 +100,19 @@ public:
             });
         // A rank in the midst of an op first ends it, unless that takes too long.
         if (!team.wait_for_all(std::chrono::seconds(8))) {
-            std::string cause;
+            // The rank may still be on its way out, and its error not there yet.
+            const std::exception_ptr error = errors[size_t(team.failed_rank())];
+            std::string cause = "its error is not known yet";
+            int code = EXIT_PEER;
             try {
-                std::rethrow_exception(errors[size_t(team.failed_rank())]);
-            } catch (const std::exception& error) { cause = error.what(); }
+                if (error) std::rethrow_exception(error);
+            } catch (const Failure& failure) {
+                cause = failure.what();
+                code = failure.exit_code;
+            } catch (const std::exception& other) { cause = other.what(); }
             std::fprintf(stderr, "train_gpt: rank %d has failed, and the others do not end: %s\n%s\n",
                          team.failed_rank(), cause.c_str(), status().c_str());
-            _exit(EXIT_PEER);
+            _exit(code);
         }
         for (std::thread& thread : threads) thread.join();
         if (team.failed_rank() >= 0) std::rethrow_exception(errors[size_t(team.failed_rank())]);

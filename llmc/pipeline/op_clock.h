@@ -4,7 +4,22 @@
 
 #include <vector>
 
+#if defined(USE_CUDA) && __has_include(<nvtx3/nvToolsExt.h>)
+#include <nvtx3/nvToolsExt.h>
+#endif
+
+#include "llmc/device.h"
 #include "llmc/parallel/progress.h"
+
+// Names what is told to a GPU meanwhile, for its profilers (NVTX).
+struct ProfilerRange {
+#if defined(USE_CUDA) && __has_include(<nvtx3/nvToolsExt.h>)
+    explicit ProfilerRange(const Op& op) { nvtxRangePushA(op_name(op).c_str()); }
+    ~ProfilerRange() { nvtxRangePop(); }
+#else
+    explicit ProfilerRange(const Op&) {}
+#endif
+};
 
 class OpClock {
 public:

@@ -97,7 +97,7 @@ inline void attention_cases(Cases& cases) {
         {1, 64, {1, 3}, 0},  // by itself it would have no gradient but that of its value
         {1, 64, {1, 5}, 1},  // alone, the rounding of out would show in dq
         {1, 64, {1}, 130},
-        {1, 64, {2}, 63},
+        {1, 64, {2, 5}, 63},  // alone, two queries would show little but how `out` was rounded for D
         {2, 64, {63}, 64},
         {1, 64, {64}, 65},
         {1, 64, {65}, 0},
