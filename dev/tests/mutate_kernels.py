@@ -76,6 +76,7 @@ def operand_range(text, begin, end):
 def mutants(source):
     """(line, what is done, text of the mutant)"""
     code = without_comments(source)
+    code = code.replace("::", "@@")  # no colon that ends an expression
     for begin, end in device_code(code):
         changes = [(m.start(), m.end(), ";", "deleted")
                    for m in re.compile(r"(__sync(threads|warp)\(\)|cp_async_wait<[^;]*>\(\));").finditer(code, begin, end)]
@@ -88,7 +89,7 @@ def mutants(source):
                     code.count(";", loop, match.start()) == 1 and match[1] == "<":
                 left, right = operand_range(code, match.start(1), match.end(1))
                 if re.search("[a-z]", code[match.end():right]):  # others end where the compiler knows
-                    text = code[left:match.start(1)] + "<=" + code[match.end(1):right]
+                    text = source[left:match.start(1)] + "<=" + source[match.end(1):right]
                     changes.append((left, right, text, "runs one step more"))
             else:
                 left, right = operand_range(code, match.start(1), match.end(1))
@@ -114,7 +115,7 @@ def verdict(directory, file, text, op, reference):
     program, outputs = Path(directory) / "kernel_cases", Path(directory) / "outputs"
     for precision in ("BF16", "FP32"):
         if error := build(program, op, f"-I{directory}", *CUDA_ON_HOST, f"-DPRECISION_{precision}"):
-            return "does not compile: " + error.strip().splitlines()[-1]
+            raise RuntimeError(f"the mutant of {file} does not compile: {error}")
         for order in ORDERS:
             try:
                 done = subprocess.run([program, outputs], env=os.environ | {"CUDA_ON_HOST_ORDER": order}, timeout=600,

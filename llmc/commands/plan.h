@@ -60,7 +60,9 @@ inline std::string columns_text(const std::vector<std::vector<std::string>>& row
 // Times and arena of every rank, and what the arena holds at the op where it holds most.
 inline std::string step_tables(const PlannedStep& step, const Timeline& timeline, const std::string& times) {
     const auto ms = [](double value) { return format("%.4g", value); };
-    std::vector<std::vector<std::string>> rows = {{"rank"}, {"busy ms"}, {"idle ms"}, {"activations"}};
+    std::vector<std::vector<std::string>> rows = {
+        {"rank"}, {"busy ms"}, {"idle ms"}, {"weights, gradients, moments"}, {"workspace"}, {"activations"}};
+    RankOptions options = step.options;
     std::vector<Plan> plans;
     std::map<Tensor, std::vector<int64_t>> bytes;  // [rank]
     for (int r = 0; r < step.input.ranks; ++r) {
@@ -69,7 +71,11 @@ inline std::string step_tables(const PlannedStep& step, const Timeline& timeline
         rows[0].push_back(std::to_string(r));
         rows[1].push_back(ms(busy));
         rows[2].push_back(ms(timeline.makespan - busy));
-        rows[3].push_back(bytes_text(plans.back().size.bytes));
+        options.layout.rank = r;
+        const MemoryPlan besides = memory_besides_activations(options);
+        rows[3].push_back(bytes_text(besides.weights + besides.master + besides.gradients + besides.moments));
+        rows[4].push_back(bytes_text(besides.workspace + besides.scratch));
+        rows[5].push_back(bytes_text(plans.back().size.bytes));
         for (const auto& [tensor, size] : plans.back().bytes_at_peak())
             bytes.try_emplace(tensor, step.input.ranks).first->second[size_t(r)] = size;
     }

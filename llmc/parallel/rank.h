@@ -112,6 +112,7 @@ inline int64_t kernel_scratch_bytes(const RankOptions& o) {
 #endif
     return std::max(
         cudnn, int64_t(std::max({matmul_scratch_bytes(o.threads), reduce_scratch_bytes(),
+                                 encoder_backward_scratch_bytes(o.chunk_tokens, g.channels),
                                  layernorm_backward_scratch_bytes(o.threads, g.channels),
                                  attention_scratch_bytes(o.threads, g.head_size(), int(g.heads), o.chunk_tokens)})));
 }
@@ -159,6 +160,21 @@ inline std::vector<std::vector<int>> planned_patterns(const RankOptions& o, bool
     return patterns;
 }
 
+// What a rank takes whatever its schedule is: all kinds but the activations.
+inline MemoryPlan memory_besides_activations(const RankOptions& o) {
+    const int64_t parameters = flat_size(o.parameters());
+    MemoryPlan plan;
+    plan.weights = round_up(parameters * int64_t(sizeof(floatX)), 4096);
+    if (o.training) {
+        if (!std::is_same_v<floatX, floatS>) plan.master = round_up(parameters * int64_t(sizeof(floatS)), 4096);
+        plan.gradients = round_up(parameters * int64_t(sizeof(floatS)), 4096);
+        plan.moments = 2 * plan.gradients;
+    }
+    plan.workspace = round_up(workspace_bytes(o.chunk_tokens, o.model, o.mlp_chunk, o.head_chunk), 4096);
+    plan.scratch = round_up(kernel_scratch_bytes(o), 4096);
+    return plan;
+}
+
 // The memory of the ranks that are listed; the rank in the options' layout does not count.
 inline std::vector<MemoryPlan> plan_memory(RankOptions o, std::span<const int> ranks) {
     std::vector<int64_t> activations(ranks.size());
@@ -175,18 +191,8 @@ inline std::vector<MemoryPlan> plan_memory(RankOptions o, std::span<const int> r
     std::vector<MemoryPlan> plans;
     for (size_t i = 0; i < ranks.size(); ++i) {
         o.layout.rank = ranks[i];
-        const int64_t parameters = flat_size(o.parameters());
-        MemoryPlan plan;
-        plan.weights = round_up(parameters * int64_t(sizeof(floatX)), 4096);
-        if (o.training) {
-            if (!std::is_same_v<floatX, floatS>) plan.master = round_up(parameters * int64_t(sizeof(floatS)), 4096);
-            plan.gradients = round_up(parameters * int64_t(sizeof(floatS)), 4096);
-            plan.moments = 2 * plan.gradients;
-        }
-        plan.activations = round_up(activations[i], 4096);
-        plan.workspace = round_up(workspace_bytes(o.chunk_tokens, o.model, o.mlp_chunk, o.head_chunk), 4096);
-        plan.scratch = round_up(kernel_scratch_bytes(o), 4096);
-        plans.push_back(plan);
+        plans.push_back(memory_besides_activations(o));
+        plans.back().activations = round_up(activations[i], 4096);
     }
     return plans;
 }
