@@ -16,11 +16,11 @@ inline Recompute recompute_of(const Config& c) {
 
 // The most chunks that a training step can have. A window is in one chunk or cut into even slices. Of documents that
 // are packed, any two chunks hold more tokens than fit into one, and of the slices of a long one all but the last are
-// full.
+// full; where none is cut, each chunk but the last has less room than the longest takes.
 inline int64_t most_chunks(const Config& c) {
     const int64_t N = c.data.chunk_tokens, T = c.model.context, B = c.data.batch_tokens;
     if (c.data.packing == "contiguous") return N < T ? B / T * (T / N) : ceil_div(B / T, N / T);
-    return 2 * B / N + 1;
+    return (N < T ? 2 * B / N : std::min(2 * B / N, B / (N - T + 1))) + 1;
 }
 
 inline RankOptions rank_options(const Config& c, const GptConfig& model, bool training, int rank = 0) {
