@@ -96,6 +96,15 @@ TEST(Classifier, ExtremeLogits) {
     EXPECT_EQ(double(x[V + 3]), 1);
     EXPECT_EQ(double(x[V + 4]), -1);
     EXPECT_TRUE(std::isnan(double(x[2 * V])));
+
+    // More columns than are looked at in one go, all impossible but the last.
+    std::vector<floatX> excluded(5000, floatX(-std::numeric_limits<float>::infinity()));
+    excluded[4999] = 1;
+    const std::vector<int32_t> last = {4999};
+    classifier_forward_backward(Device{}, losses.data(), {excluded.data(), 1, 5000}, last.data(), 5000, 1, true);
+    EXPECT_EQ(losses[0], 0);
+    EXPECT_EQ(double(excluded[0]), 0);
+    EXPECT_EQ(double(excluded[4999]), 0);
 }
 
 TEST(Classifier, Exponential) {

@@ -21,7 +21,7 @@
 
 // Loss of one row; its logits become the gradient if wanted.
 WIDE inline floatS classifier_row(floatX* x /*[V]*/, int64_t V, int32_t target, floatS dloss, bool want_gradient) {
-    floatS top = -std::numeric_limits<floatS>::infinity();
+    floatS top = std::numeric_limits<floatS>::lowest();  // finite: the difference of two infinities is none
     double total = 0;  // relative to the top so far; by blocks, which stay in the first-level cache and round less
     for (int64_t begin = 0; begin < V; begin += 4096) {
         const int64_t end = std::min(V, begin + 4096);
