@@ -178,26 +178,25 @@ private:
     int64_t count_ = 0;
 };
 
-// Between the host and the device, after everything that the device was told to do before. Returns when it is done.
-template <class T>
-void upload(const Device& device, T* to /*[n] device*/, const T* from /*[n] host*/, int64_t n) {
+// Between the host and the device, after everything that the device was told to do before. Return when it is done.
+enum class Way { to_device, to_host };
+inline void copy_and_wait(const Device& device, void* to, const void* from, int64_t bytes, Way way) {
 #ifdef USE_CUDA
-    CUDA_CHECK(cudaMemcpyAsync(to, from, size_t(n) * sizeof(T), cudaMemcpyHostToDevice, device.stream));
+    const cudaMemcpyKind kind = way == Way::to_device ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
+    CUDA_CHECK(cudaMemcpyAsync(to, from, size_t(bytes), kind, device.stream));
     CUDA_CHECK(cudaStreamSynchronize(device.stream));
 #else
-    (void)device;
-    std::memcpy(static_cast<void*>(to), from, size_t(n) * sizeof(T));
+    (void)device, (void)way;
+    std::memcpy(to, from, size_t(bytes));
 #endif
 }
 template <class T>
+void upload(const Device& device, T* to /*[n] device*/, const T* from /*[n] host*/, int64_t n) {
+    copy_and_wait(device, to, from, n * int64_t(sizeof(T)), Way::to_device);
+}
+template <class T>
 void download(const Device& device, T* to /*[n] host*/, const T* from /*[n] device*/, int64_t n) {
-#ifdef USE_CUDA
-    CUDA_CHECK(cudaMemcpyAsync(to, from, size_t(n) * sizeof(T), cudaMemcpyDeviceToHost, device.stream));
-    CUDA_CHECK(cudaStreamSynchronize(device.stream));
-#else
-    (void)device;
-    std::memcpy(static_cast<void*>(to), from, size_t(n) * sizeof(T));
-#endif
+    copy_and_wait(device, to, from, n * int64_t(sizeof(T)), Way::to_host);
 }
 
 // A device array as the host reads and writes it: on the CPU the array itself, on a GPU a copy, filled from it if

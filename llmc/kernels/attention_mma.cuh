@@ -82,6 +82,15 @@ __device__ void copy_tile(bf16* tile, const bf16* from, int64_t stride, int rows
         cp_async_16(tile + row * TILE_STRIDE<W>, from, row0 + row < rows && column < head_size);
 }
 
+// The same for the next keys and their values, of `keys` in all: k [32, W], then v [32, W].
+template <int W>
+__device__ void copy_key_tiles(bf16* k, const AttentionRows& rows, int64_t C, int key, int keys, int head_size) {
+    const bf16* from = rows.k + int64_t(key) * rows.kv_stride;
+    copy_tile<W, KEYS_AT_ONCE>(k, from, rows.kv_stride, keys - key, head_size);
+    copy_tile<W, KEYS_AT_ONCE>(k + tile_size<W>(KEYS_AT_ONCE), from + C, rows.kv_stride, keys - key, head_size);
+    cp_async_commit();
+}
+
 // s [16 M, 8 N] = a b^T of tiles a [16 M, W], b [8 N, W]
 template <int W, int M, int N>
 __device__ void multiply_transposed(float (&s)[M][N][4], const bf16* a, const bf16* b) {
@@ -169,11 +178,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     bf16* q = shared_memory<bf16>();                      // [128, W]
     bf16* buffers = q + tile_size<W>(ATTENTION_QUERIES);  // 2 x (k [32, W], v [32, W])
     const auto copy_keys = [&](int buffer, int key) {
-        bf16* k = buffers + buffer * tile_size<W>(2 * KEYS_AT_ONCE);
-        copy_tile<W, KEYS_AT_ONCE>(k, rows.k + int64_t(key) * rows.kv_stride, rows.kv_stride, keys - key, in.head_size);
-        copy_tile<W, KEYS_AT_ONCE>(k + tile_size<W>(KEYS_AT_ONCE), rows.k + C + int64_t(key) * rows.kv_stride,
-                                   rows.kv_stride, keys - key, in.head_size);
-        cp_async_commit();
+        copy_key_tiles<W>(buffers + buffer * tile_size<W>(2 * KEYS_AT_ONCE), rows, C, key, keys, in.head_size);
     };
     copy_tile<W, ATTENTION_QUERIES>(q, rows.q + tile.first * rows.q_stride, rows.q_stride, queries, in.head_size);
     copy_keys(0, 0);
@@ -262,11 +267,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     bf16 *q = shared_memory<bf16>(), *d_o = q + tile_size<W>(ATTENTION_QUERIES);  // [128, W]
     bf16* buffers = d_o + tile_size<W>(ATTENTION_QUERIES);                        // 2 x (k [32, W], v [32, W])
     const auto copy_keys = [&](int buffer, int key) {
-        bf16* k = buffers + buffer * tile_size<W>(2 * KEYS_AT_ONCE);
-        copy_tile<W, KEYS_AT_ONCE>(k, rows.k + int64_t(key) * rows.kv_stride, rows.kv_stride, keys - key, in.head_size);
-        copy_tile<W, KEYS_AT_ONCE>(k + tile_size<W>(KEYS_AT_ONCE), rows.k + C + int64_t(key) * rows.kv_stride,
-                                   rows.kv_stride, keys - key, in.head_size);
-        cp_async_commit();
+        copy_key_tiles<W>(buffers + buffer * tile_size<W>(2 * KEYS_AT_ONCE), rows, C, key, keys, in.head_size);
     };
     copy_tile<W, ATTENTION_QUERIES>(q, rows.q + tile.first * rows.q_stride, rows.q_stride, queries, in.head_size);
     copy_tile<W, ATTENTION_QUERIES>(d_o, d_out.row(tile.segment.begin + tile.first) + head * in.head_size, d_out.stride,
