@@ -28,8 +28,9 @@ suite() {  # name, command...
     printf '  %-28s %5d passed %3d failed %5d s\n' "$name" "$good" "$bad" $((SECONDS - start))
     [ "$bad" = 0 ] || { echo "---- $log"; tail -n 60 "$log"; echo "----"; }
     passed=$((passed + good)) failed=$((failed + bad))
-    skip=$(count '[0-9]+ skipped' <"$log")
-    grep '^SKIPPED' "$log" | sed 's/^/    /'
+    skip=$(count '[0-9]+ skipped|SKIPPED \] [0-9]+' <"$log")
+    grep '^SKIPPED' "$log" | sed 's/^/    /'                                                # pytest
+    grep -A1 ': Skipped$' "$log" | grep -vE ': Skipped$|^--' | sort -u | sed 's/^/    SKIPPED /'  # GoogleTest
     skipped=$((skipped + ${skip:-0}))
 }
 
