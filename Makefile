@@ -80,6 +80,7 @@ FUZZ_TESTS := $(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/fuzz
 BENCHMARKS := $(patsubst dev/bench/%.cpp,build/bench/%,$(wildcard dev/bench/*.cpp))
 SOURCES    := $(wildcard *.cu llmc/*.h llmc/*/*.h llmc/*/*/*.h llmc/*/*.cuh llmc/*/*.cpp dev/tests/*.cpp dev/tests/*.h dev/tests/*/*.h dev/bench/*.cpp dev/bench/*.h)
 
+.DEFAULT_GOAL := all
 .PHONY: all run test bench tests cuda-build format check-format tidy clean help
 .DELETE_ON_ERROR:
 
