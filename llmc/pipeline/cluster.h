@@ -56,6 +56,13 @@ struct Cluster {
     }
 };
 
+// Where only the rate of products is known: attention as fast, memory and links not in the way.
+inline Cluster cluster_of_rate(double gflops) {
+    Cluster c;
+    c.matrix_tflops = c.attention_forward_tflops = c.attention_backward_tflops = 1e-3 * gflops;
+    return c;
+}
+
 // bf16: weights, activations and residual stream in 2 bytes, as on GPUs. bf16-fp32: the residual stream in 4, as in a
 // build for the CPU. Sums, statistics and gradients of weights always take 4.
 inline const std::vector<std::string>& element_precisions() {
