@@ -19,7 +19,7 @@ struct Simulated {
 Simulated simulated(const std::string& name, const ScheduleInput& in, double message_time) {
     OpLists lists = find_schedule(name)->lists(in);
     const OpTimes times{{1, 6, 3}, {.layers = in.layers}};
-    Timeline timeline = simulate(lists, in, times, [&](const Op&) { return message_time; });
+    Timeline timeline = simulate(lists, in, times, [&](const Op&, int) { return message_time; });
     Picture picture{name, planned_events(lists, timeline, [](const Op&) { return 8; })};
     return {name, std::move(lists), std::move(timeline), std::move(picture)};
 }

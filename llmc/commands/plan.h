@@ -187,7 +187,7 @@ inline int plan_command(const Config& c, const RankOptions& options) {
 
     Timeline timeline;
     std::string times = "forward " + c.plan.times + " ms for pre, attention, post";
-    const auto free = [](const Op&) { return 0.0; };
+    const auto free = [](const Op&, int) { return 0.0; };
     if (const std::vector<double> given = forward_times(c.plan.times); !given.empty()) {
         const OpTimes op_times{{given[0], given[1], given[2]}, step.rules()};
         timeline = simulate(step.lists, step.input, op_times, free);
