@@ -1,68 +1,23 @@
-// `plan`: what a schedule would do, without running it. Lists, memory and messages are those of training; times come
-// from --times or from the arithmetic and the machine's measured peak, and messages take none.
+// `plan`: what a schedule would do, without running it. Lists, memory and messages are those of training. Times come
+// from a cluster's description, from --times, or from the arithmetic and the machine's measured peak; without a cluster
+// messages take none. With a cluster and no --schedule, all schedules are compared.
 #pragma once
 
 #include <cstdlib>
 
-#include "llmc/io/config.h"
-#include "llmc/io/log.h"
+#include "llmc/commands/compare.h"
 #include "llmc/kernels/peak.h"
-#include "llmc/parallel/rank.h"
-#include "llmc/pipeline/costs.h"
 #include "llmc/pipeline/print.h"
 #include "llmc/pipeline/trace.h"
 
-// A step of all ranks.
-struct PlannedStep {
-    RankOptions options;
-    ScheduleInput input;
-    std::vector<ChunkShape> chunks;
-    OpLists lists;  // proven by lists_of
-
-    PlannedStep(RankOptions o, int count) : options(std::move(o)) {
-        options.layout.max_chunks = count;
-        const int slices = int(ceil_div(options.model.context, options.chunk_tokens));  // of each sequence
-        std::vector<int> groups(size_t(count / slices), slices);
-        if (count % slices) groups.push_back(count % slices);
-        chunks = chunk_shapes(groups, options.chunk_tokens, options.model.context);
-        input = options.schedule_input(count, true, slices > 1 && count > 1);
-        lists = lists_of(options, chunks, true);
-    }
-
-    TensorRules rules() const { return options.tensor_rules(true); }
-    Plan plan_of(int rank) const { return make_plan(lists[size_t(rank)], chunks, options.model, rules()); }
-    int64_t message_bytes(const Op& op) const {
-        int64_t bytes = 0;
-        for (const Use& use : message_contents(op, rules()))
-            bytes += tensor_bytes(use.tensor, chunks[size_t(op.chunk)], options.model, rules());
-        return bytes;
-    }
-};
-
-// Rows of a name and values, the values in columns.
-inline std::string columns_text(const std::vector<std::vector<std::string>>& rows) {
-    std::vector<size_t> widths;
-    for (const auto& row : rows) {
-        widths.resize(std::max(widths.size(), row.size()));
-        for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
-    }
-    std::string text;
-    for (const auto& row : rows) {
-        for (size_t i = 0; i < row.size(); ++i) {
-            const std::string space(widths[i] - row[i].size(), ' ');
-            text += "  " + (i == 0 ? row[i] + space : space + row[i]);
-        }
-        text += "\n";
-    }
-    return text;
-}
-
 // Times and arena of every rank, and what the arena holds at the op where it holds most.
-inline std::string step_tables(const PlannedStep& step, const Timeline& timeline, const std::string& times) {
+inline std::string step_tables(const PlannedStep& step, const Timeline& timeline, const std::string& times,
+                               const Cluster* cluster) {
     const auto ms = [](double value) { return format("%.4g", value); };
     std::vector<std::vector<std::string>> rows = {
         {"rank"}, {"busy ms"}, {"idle ms"}, {"weights, gradients, moments"}, {"workspace"}, {"activations"}};
     RankOptions options = step.options;
+    const int64_t tp = cluster ? cluster->tp : 1;
     std::vector<Plan> plans;
     std::map<Tensor, std::vector<int64_t>> bytes;  // [rank]
     for (int r = 0; r < step.input.ranks; ++r) {
@@ -72,29 +27,38 @@ inline std::string step_tables(const PlannedStep& step, const Timeline& timeline
         rows[1].push_back(ms(busy));
         rows[2].push_back(ms(timeline.makespan - busy));
         options.layout.rank = r;
-        const MemoryPlan besides = memory_besides_activations(options);
-        rows[3].push_back(bytes_text(besides.weights + besides.master + besides.gradients + besides.moments));
-        rows[4].push_back(bytes_text(besides.workspace + besides.scratch));
-        rows[5].push_back(bytes_text(plans.back().size.bytes));
+        DeviceBytes held;
+        if (cluster) {
+            held = bytes_on(*cluster, options, step.sizes, r, plans.back().size.bytes);
+        } else {
+            const MemoryPlan besides = memory_besides_activations(options);
+            held = {besides.weights + besides.master + besides.gradients + besides.moments, plans.back().size.bytes,
+                    besides.workspace + besides.scratch};
+        }
+        rows[3].push_back(bytes_text(held.model));
+        rows[4].push_back(bytes_text(held.workspace));
+        rows[5].push_back(bytes_text(held.activations));
         for (const auto& [tensor, size] : plans.back().bytes_at_peak())
-            bytes.try_emplace(tensor, step.input.ranks).first->second[size_t(r)] = size;
+            bytes.try_emplace(tensor, step.input.ranks).first->second[size_t(r)] = size / tp;
     }
     for (const auto& [tensor, sizes] : bytes) {
         rows.push_back({std::string("  ") + tensor_name(tensor)});
         for (int64_t size : sizes) rows.back().push_back(bytes_text(size));
     }
     rows.push_back({"  gaps"});
-    for (const Plan& plan : plans) rows.back().push_back(bytes_text(plan.size.bytes - plan.size.live_peak));
-    return table_text("plan", {{"schedule", step.options.schedule_name()},
-                               {"ranks", std::to_string(step.input.ranks)},
-                               {"layers", std::to_string(step.input.layers)},
-                               {"chunks", std::to_string(step.input.chunks) + " of " +
-                                              std::to_string(step.options.chunk_tokens) + " tokens"},
-                               {"times", times},
-                               {"step", ms(timeline.makespan) + " ms, without communication and the optimizer"},
-                               {"bubble", ms(timeline.bubble()) + " ms of the busiest rank, " +
-                                              format("%.1f %%", 100 * timeline.mean_bubble() / timeline.makespan) +
-                                              " of all ranks' time"}}) +
+    for (const Plan& plan : plans) rows.back().push_back(bytes_text((plan.size.bytes - plan.size.live_peak) / tp));
+    return table_text("plan",
+                      {{"schedule", step.options.schedule_name()},
+                       {"ranks", std::to_string(step.input.ranks)},
+                       {"layers", std::to_string(step.input.layers)},
+                       {"chunks", std::to_string(step.input.chunks) + " of " +
+                                      std::to_string(step.options.chunk_tokens) + " tokens"},
+                       {"times", times},
+                       {"step", ms(timeline.makespan) + (cluster ? " ms, without the optimizer"
+                                                                 : " ms, without communication and the optimizer")},
+                       {"bubble", ms(timeline.bubble()) + " ms of the busiest rank, " +
+                                      format("%.1f %%", 100 * timeline.mean_bubble() / timeline.makespan) +
+                                      " of all ranks' time"}}) +
            "ranks\n" + columns_text(rows);
 }
 
@@ -118,7 +82,6 @@ inline std::string memory_text(RankOptions options, int chunks) {
     if (p == 1) all.resize(1);  // a rank by itself accumulates
     for (const Schedule& schedule : all)
         for (const Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full}) {
-            static const char* const modes[] = {"none", "without-attention", "full"};
             options.layout.schedule = schedule.name;
             options.layout.virtual_stages = schedule.name == "interleaved" ? wanted_stages : 0;
             options.recompute = recompute;
@@ -127,7 +90,7 @@ inline std::string memory_text(RankOptions options, int chunks) {
             std::string name;
             try {
                 const PlannedStep step(options, chunks);
-                name = step.options.schedule_name() + ", recompute " + modes[int(recompute)];
+                name = step.options.schedule_name() + ", recompute " + recompute_name(recompute);
                 for (int r = 0; r < p; ++r) {
                     const Plan plan = step.plan_of(r);
                     bytes.push_back(plan.size.bytes);
@@ -173,13 +136,36 @@ inline std::string plan_json(const PlannedStep& step, const Timeline& timeline,
 }
 
 // `options` are those that training would have.
-inline int plan_command(const Config& c, const RankOptions& options) {
+inline int plan_command(const Config& c, RankOptions options) {
     const int chunks = int(planned_chunks(c));
+    std::optional<Cluster> cluster;
+    if (!c.plan.cluster.empty()) {
+        cluster = read_cluster(c.plan.cluster);
+        if (!c.is_given("ranks")) options.layout.ranks = cluster->ranks();
+        if (options.layout.ranks > cluster->ranks())
+            throw Failure(EXIT_CONFIG, "--ranks " + std::to_string(options.layout.ranks) + ": the cluster " +
+                                           cluster->name + " has " + std::to_string(cluster->devices) +
+                                           " devices in groups of " + std::to_string(cluster->tp) +
+                                           "; use at most --ranks " + std::to_string(cluster->ranks()));
+    }
     if (c.plan.print == "memory") {
         std::fputs(memory_text(options, chunks).c_str(), stdout);
         return 0;
     }
-    const PlannedStep step(options, chunks);
+    std::optional<Comparison> comparison;
+    if (cluster && (!c.is_given("schedule") || c.parallel.schedule == "auto")) {
+        const OpenChoices open{true, !c.is_given("recompute"), !c.is_given("folds"), !c.is_given("virtual-stages")};
+        comparison.emplace(*cluster, options, chunks, open, c.plan.print == "all");
+        if (c.plan.print != "ops" && c.plan.draw.empty()) {
+            const auto text = c.json ? comparison_json : comparison_text;
+            std::printf(c.json ? "%s\n" : "%s", text(*comparison, options, chunks).c_str());
+            return 0;
+        }
+        if (!comparison->plans[0].step) throw Failure(EXIT_CONFIG, comparison->plans[0].refusal);
+    }
+    const PlannedStep step =
+        comparison ? *std::move(comparison->plans[0].step)
+                   : PlannedStep(options, chunks, cluster ? element_sizes(cluster->precision) : sizes_of<BuildTypes>());
     if (c.plan.print == "ops") {
         std::fputs(ops_text(step).c_str(), stdout);
         return 0;
@@ -187,14 +173,15 @@ inline int plan_command(const Config& c, const RankOptions& options) {
 
     Timeline timeline;
     std::string times = "forward " + c.plan.times + " ms for pre, attention, post";
-    const auto free = [](const Op&, int) { return 0.0; };
     if (const std::vector<double> given = forward_times(c.plan.times); !given.empty()) {
         const OpTimes op_times{{given[0], given[1], given[2]}, step.rules()};
-        timeline = simulate(step.lists, step.input, op_times, free);
+        timeline = simulate(step.lists, step.input, op_times, [](const Op&, int) { return 0.0; });
+    } else if (cluster) {
+        timeline = simulate_on(*cluster, step);
+        times = "on " + cluster_text(*cluster, step.input.ranks);
     } else {
         const double gflops = measure_matrix_peak(c.threads());
-        const OpCosts costs(cluster_of_rate(gflops), sizes_of<BuildTypes>(), options.model, step.chunks, step.rules());
-        timeline = simulate(step.lists, step.input, costs, free);
+        timeline = simulate_on(cluster_of_rate(gflops), step);
         times = format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak)";
     }
     const Picture picture{printed("%s, ranks %d, layers %d, chunks %d", step.options.schedule_name().c_str(),
@@ -209,6 +196,7 @@ inline int plan_command(const Config& c, const RankOptions& options) {
         write_file(c.plan.draw, svg_picture(picture));
     }
     if (c.json) std::printf("%s\n", plan_json(step, timeline, picture.ranks).c_str());
-    else if (c.plan.draw.empty()) std::fputs(step_tables(step, timeline, times).c_str(), stdout);
+    else if (c.plan.draw.empty())
+        std::fputs(step_tables(step, timeline, times, cluster ? &*cluster : nullptr).c_str(), stdout);
     return 0;
 }
