@@ -1,10 +1,11 @@
 // `doctor`: what was compiled in, what the machine has, what it can do (measured), and what is likely to slow a run
-// down. With --json one object, for programs such as dev/bench/cpu_vs_torch.
+// down. With --json one object, for programs such as dev/bench/cpu_vs_torch. --calibrate is in calibrate.h.
 #pragma once
 
 #include <cstdlib>
 #include <fstream>
 
+#include "llmc/commands/calibrate.h"
 #include "llmc/io/config.h"
 #include "llmc/io/json.h"
 #include "llmc/io/log.h"
@@ -55,6 +56,7 @@ inline constexpr bool built_with_mpi = false;
 #endif
 
 inline int doctor_command(const Config& c) {
+    if (!c.run.calibrate.empty()) return calibrate_command(c);
     const int threads = c.threads();
     const std::map<std::string, std::string> environment = current_environment();
     std::vector<std::string> problems = known_problems(threads);

@@ -67,6 +67,7 @@ struct Config {
         std::string trace;
         std::string checkpoint;  // read by `generate` and `eval`
         std::string config_file;
+        std::string calibrate;  // written by `doctor`
     } run;
     struct {
         std::string prompt;
@@ -241,6 +242,8 @@ inline const std::vector<Flag>& flag_table() {
          "take 3 steps on these ranks and on one, compare them and exit: 0 if they agree, else 1"},
         {"trace", TRAIN, IN(run, trace), "write when each op ran into FILE (Perfetto's JSON) and FILE.svg"},
         {"checkpoint", GENERATE | EVAL, IN(run, checkpoint), "directory of a checkpoint, or of a run: its newest"},
+        {"calibrate", DOCTOR, IN(run, calibrate),
+         "measure this CPU as ranks of --threads threads, and write FILE for plan --cluster and --schedule auto"},
         {"config", TRAIN | TOKENIZE | GENERATE | EVAL | PLAN | DOCTOR, IN(run, config_file),
          "TOML file with these names; flags win over it"},
 
