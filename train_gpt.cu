@@ -24,6 +24,7 @@
 // the rank: model, plan, memory
 #include "llmc/kernels/adamw.cuh"
 #include "llmc/kernels/peak.h"
+#include "llmc/parallel/choose_schedule.h"
 #include "llmc/parallel/compare_layouts.h"
 #include "llmc/parallel/memory.h"
 #include "llmc/parallel/rank.h"
@@ -752,6 +753,7 @@ void print_start(const Training& run, const std::string& weights_from) {
         rows.insert(rows.begin() + 1, {"pipeline", layout_text(run.rank.options) +
                                                        (c.launch.ranks > 1 ? ", processes under " + c.launch.source
                                                                            : ", threads of this process")});
+    if (!c.plan.choice.empty()) rows.insert(rows.begin() + 2, {"schedule", c.plan.choice});
     print_table("run " + c.run.dir, rows);
 }
 
@@ -847,6 +849,7 @@ int train_command(Config c, Team& team) {
     std::optional<DirectoryLock> lock;
     std::optional<Job> job;
     if (!c.run.init_from.empty()) take_sizes_of(c, c.run.init_from, team.processes());
+    if (c.parallel.schedule == "auto") choose_schedule(c, team.processes());
     bool dry_run = false;
     team.processes().together([&] {
         const std::vector<MemoryPlan> plans = memory_plans(rank_options(c, model_of(c), true));

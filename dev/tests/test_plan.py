@@ -229,7 +229,7 @@ def test_all_schedules_on_a_cluster(tmp_path):
 
     table = run("--cluster", cluster_file(tmp_path), "--model", "gpt3:c2048", "--context", 16384, "--chunks", 8)
     assert "rates 20 % off" in table and "longest sequence that fits" in table
-    assert f"{fitting[0]['step_ms'] / 1e3:.3f}" in table.splitlines()[6]
+    assert f"{fitting[0]['step_ms'] / 1e3:.4g}" in table.splitlines()[6]
     best = json.loads(run("--cluster", cluster_file(tmp_path), "--model", "gpt3:c2048", "--context", 16384, "--chunks", 8,
                           "--schedule", fitting[0]["schedule"].split(",")[0], "--recompute", fitting[0]["recompute"],
                           *(["--folds", fitting[0]["schedule"][-1]] if "folds" in fitting[0]["schedule"] else []), "--json"))
@@ -274,6 +274,37 @@ def test_bad_clusters_are_refused(tmp_path):
     assert "--cluster h20x64" in run("--print", "all", check=2)
     assert "--print all" in run("--print", "memory", "--cluster", "h20x64", check=2)
     assert "one of the two" in run("--times", "1,2,3", "--cluster", "h20x64", check=2)
+
+
+def program(*arguments, check=0):
+    done = subprocess.run([ROOT / "train_gpt", *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == check, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr}"
+    return done.stdout if check == 0 else done.stderr
+
+
+def test_calibration_writes_what_plan_reads(tmp_path):
+    file = tmp_path / "this-cpu.toml"
+    assert "GFLOP/s" in program("doctor", "--calibrate", file, "--threads", 1)
+    assert file.read_text().startswith("# Measured") and 'precision = "fp32"' in file.read_text()
+    plans = json.loads(run("--cluster", file, "--ranks", 1, "--model", "tiny", "--json"))["plans"]
+    assert plans[0]["schedule"] == "accumulate" and plans[0]["step_ms"] > 0
+
+
+def test_auto_takes_the_best(tmp_path):
+    (tmp_path / "text.txt").write_text("some words to train on, again and again. " * 400)
+    program("tokenize", tmp_path / "text.txt", "--output", tmp_path / "tokens", "--holdout-every", 0)
+    train = ["train", "--model", "tiny", "--data", tmp_path / "tokens/*.bin", "--packing", "contiguous", "--ranks", 2,
+             "--batch-tokens", 1024, "--steps", 1, "--schedule", "auto"]
+    for name, bandwidth in {"fast": 50, "slow": 1e-4}.items():
+        cluster = cluster_file(tmp_path, bandwidth=bandwidth)
+        out = program(*train, "--cluster", cluster, "--run-dir", tmp_path / name)
+        steps = next(line for line in out.splitlines() if "chosen by --schedule auto from mine" in line)
+        best = steps.split("steps: ")[1].split(" 1.000")[0]
+        config = (tmp_path / name / "config.toml").read_text()
+        assert f'schedule = "{best.split(",")[0]}"' in config and f"schedule {best}" in out
+        if name == "slow":  # neighbours exchange least
+            assert not best.startswith(("helix", "interleaved"))
+    assert "use --schedule 1f1b" in program("eval", "--schedule", "auto", "--checkpoint", tmp_path / "fast", "--data", "x", check=2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ inline std::string cluster_text(const Cluster& c, int ranks) {
 }
 
 inline std::string comparison_text(const Comparison& comparison, const RankOptions& base, int chunks) {
-    const auto gb = [](int64_t bytes) { return format("%.1f", 1e-9 * double(bytes)); };
+    const auto gb = [](int64_t bytes) { return format("%.3g", 1e-9 * double(bytes)); };
     std::vector<std::vector<std::string>> rows = {{"schedule", "recompute", "step s", "tokens/s", "bubble", "exposed",
                                                    "MFU", "$ / 1e9 tokens", "model GB", "activations", "workspace",
                                                    "total", "rank", "longest"}};
@@ -95,7 +95,7 @@ inline std::string comparison_text(const Comparison& comparison, const RankOptio
         if (!plan.step) continue;
         const StepWorth worth = worth_of(comparison.cluster, *plan.step, plan.step_ms);
         rows.push_back({(plan.fits() ? "" : "(") + plan.name + (plan.fits() ? "" : ")"), recompute_name(plan.recompute),
-                        format("%.3f", 1e-3 * plan.step_ms), format("%.0f", worth.tokens_per_second),
+                        format("%.4g", 1e-3 * plan.step_ms), format("%.0f", worth.tokens_per_second),
                         format("%.1f %%", 100 * plan.bubble), format("%.1f %%", 100 * plan.exposed_ms / plan.step_ms),
                         format("%.1f %%", 100 * worth.mfu), worth.dollars > 0 ? format("%.0f", worth.dollars) : "-",
                         gb(plan.bytes.model), gb(plan.bytes.activations), gb(plan.bytes.workspace),
@@ -106,8 +106,8 @@ inline std::string comparison_text(const Comparison& comparison, const RankOptio
     std::string text =
         table_text("plan",
                    {{"model", format("%lld layers, %lld channels, ", (long long)g.layers, (long long)g.channels) +
-                                  format("%lld heads, ", (long long)g.heads) +
-                                  format("%.2f billion parameters", 1e-9 * double(parameter_count(g)))},
+                                  format("%lld heads, ", (long long)g.heads) + std::to_string(parameter_count(g)) +
+                                  " parameters"},
                     {"step", std::to_string(chunks) + " chunks of " + std::to_string(base.chunk_tokens) +
                                  " tokens, context " + std::to_string(g.context)},
                     {"cluster", cluster_text(comparison.cluster, base.layout.ranks)}}) +

@@ -84,6 +84,7 @@ struct Config {
         std::string print = "table", draw;  // draw: a file
         std::string times, cluster;         // cluster: a description in dev/clusters, also for `train --schedule auto`
         int64_t chunks = 0;
+        std::string choice;  // why `auto` has taken the schedule; no flag
     } plan;
     bool json = false;
 

@@ -1,0 +1,57 @@
+// `train --schedule auto`: of the schedules that this program can run and that fit, the one with the shortest step in
+// simulation. Recomputation stays as configured; folds and virtual stages are chosen unless they were given.
+#pragma once
+
+#include "llmc/parallel/compare_plans.h"
+#include "llmc/parallel/memory.h"
+
+// What the simulation is made with: --cluster, or dev/clusters/this-cpu.toml where `doctor --calibrate` has written it,
+// or the arithmetic alone, whose rate does not change the order. Training has one device a rank.
+inline Cluster cluster_of_this_run(const Config& c) {
+    Cluster cluster = cluster_of_rate(1000);
+    cluster.name = "the arithmetic alone (no dev/clusters/this-cpu.toml: train_gpt doctor --calibrate writes it)";
+    if (!c.plan.cluster.empty()) cluster = read_cluster(c.plan.cluster);
+    else if (path_exists(clusters_directory() / "this-cpu.toml")) cluster = read_cluster("this-cpu");
+    cluster.tp = 1;
+    cluster.memory = INFINITY;  // what is available here decides
+    return cluster;
+}
+
+// Sets schedule, folds and virtual stages, and says why. One process chooses for all.
+inline void choose_schedule(Config& c, Transport& processes) {
+    const OpenChoices open{true, false, !c.is_given("folds"), !c.is_given("virtual-stages")};
+    c.parallel.schedule = "1f1b";
+    const RankOptions base = rank_options(c, model_of(c), true);
+    const std::vector<RankOptions> layouts = layouts_to_compare(base, open);
+    const auto take = [](Config& config, const RankOptions& layout) {
+        config.parallel.schedule = layout.layout.schedule;
+        config.parallel.folds = layout.layout.folds;
+        config.parallel.virtual_stages = layout.layout.virtual_stages;
+    };
+    double chosen = 0;  // one more than the index of its layout
+    std::string why;
+    processes.together([&] {
+        if (processes.rank != 0) return;
+        const Cluster cluster = cluster_of_this_run(c);
+        const int64_t available = c.compute.memory ? c.compute.memory : available_on_device();
+        const std::vector<ComparedPlan> plans = compare_plans(cluster, base, int(planned_chunks(c)), open);
+        std::string times;  // of steps, relative to the shortest
+        for (const ComparedPlan& plan : plans) {
+            if (!plan.fits()) continue;
+            const size_t index =
+                size_t(std::find_if(layouts.begin(), layouts.end(),
+                                    [&](const RankOptions& o) { return o.schedule_name() == plan.name; }) -
+                       layouts.begin());
+            Config candidate = c;
+            take(candidate, layouts[index]);
+            if (chosen == 0 &&
+                host_bytes(memory_plans(rank_options(candidate, model_of(c), true)), c.launch) <= available)
+                chosen = double(index + 1);
+            times += (times.empty() ? "" : ", ") + plan.name + format(" %.3f", plan.step_ms / plans[0].step_ms);
+        }
+        why = "chosen by --schedule auto from " + cluster.name + "; steps: " + times;
+    });
+    processes.sum({&chosen, 1});
+    c.plan.choice = chosen > 0 ? why : "--schedule auto: no schedule fits into memory";
+    if (chosen > 0) take(c, layouts[size_t(chosen) - 1]);
+}
