@@ -68,6 +68,8 @@ struct OpTensors {
         return {at, rank.options.model};
     }
     QkvWeights<floatS> d_qkv_weights(int layer) const {
+        if (!find(Tensor::d_qkv_weights, layer))
+            return {rank.dw.layers[size_t(layer)].qkv_weight, rank.dw.layers[size_t(layer)].qkv_bias};
         Allocator at = place(Tensor::d_qkv_weights, layer);
         return {at, rank.options.model};
     }
@@ -108,6 +110,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const int l = op.layer, L = rules.layers;
     const int64_t C = rank.options.model.channels;
     const bool none = rules.recompute == Recompute::none, full = rules.recompute == Recompute::full;
+    const bool move = rules.helix.move_qkv, once = rules.helix.weights_once;
     const BlockContext ctx{
         rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
     const ChunkInputs& inputs = rank.inputs.chunks[size_t(op.chunk)];
@@ -139,7 +142,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const auto d_x = [&] { return t.rows<floatR>(Tensor::d_residual, -1); };
     const auto d_attention = [&] { return t.rows<floatX>(Tensor::d_attention, l); };
     const auto pre_gradient = [&](int layer) {
-        if (rules.move_qkv) return PreGradient{{}, t.rows<floatX>(Tensor::d_ln1, layer)};
+        if (move) return PreGradient{{}, t.rows<floatX>(Tensor::d_ln1, layer)};
         return PreGradient{t.rows<floatX>(Tensor::d_qkv, layer), {}};
     };
     const auto multiply_moved_qkv = [&] {
@@ -157,11 +160,10 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 embed_forward(ctx, rank.w, x(0), inputs.rows);
                 break;
             case Part::pre:
-                pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l),
-                                      rules.move_qkv ? std::nullopt : std::optional(qkv()), x(l));
+                pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), move ? std::nullopt : std::optional(qkv()), x(l));
                 break;
             case Part::attention:
-                if (rules.move_qkv) multiply_moved_qkv();
+                if (move) multiply_moved_qkv();
                 attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
                 break;
             case Part::post:
@@ -188,17 +190,19 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 break;
             }
             case Part::attention: {
-                if (!none && rules.move_qkv) multiply_moved_qkv();
+                if (!none && move) multiply_moved_qkv();
                 if (full && rules.apart)
                     attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
                 if (!none && !full && !rules.apart) pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), qkv(), x(l));
                 const Matrix<floatX> d_qkv = t.rows<floatX>(Tensor::d_qkv, l);
                 attention_block_backward(ctx, d_qkv, d_attention(), attention_out(), lse(), qkv(), kv_store(),
                                          store(Tensor::d_store, floatS()), segments, shape.last_slice);
-                if (rules.move_qkv) {
+                if (move) {
                     const QkvWeights<floatS> d_weights = t.d_qkv_weights(l);
-                    fill_zero(rank.device, d_weights.weight, 3 * C * C);
-                    fill_zero(rank.device, d_weights.bias, 3 * C);
+                    if (!once || op.weights) {
+                        fill_zero(rank.device, d_weights.weight, 3 * C * C);
+                        fill_zero(rank.device, d_weights.bias, 3 * C);
+                    }
                     qkv_backward_weight(ctx, d_weights, d_qkv, ln1());
                     matmul_backward_input(rank.device, t.rows<floatX>(Tensor::d_ln1, l), d_qkv,
                                           {t.qkv_weights(l).weight, 3 * C, C});
@@ -206,7 +210,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 break;
             }
             case Part::pre:
-                if (rules.move_qkv) {  // every chunk's gradient was summed by itself, in fp32; its owner adds it
+                if (move && (!once || op.weights)) {  // the sum of another rank or, of every chunk, its own
                     const QkvWeights<floatS> d_weights = t.d_qkv_weights(l);
                     add_rows(rank.device, Matrix<floatS>(dw.qkv_weight, 1, 3 * C * C),
                              Matrix<floatS>(d_weights.weight, 1, 3 * C * C));
@@ -215,7 +219,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 }
                 if (rules.one_block(l)) break;  // the rest is part of post's backward, the next op
                 if (rules.apart && !none) pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), std::nullopt, x(l));
-                if (!rules.move_qkv && !op.split)
+                if (!move && !op.split)
                     qkv_backward_weight(ctx, {dw.qkv_weight, dw.qkv_bias}, pre_gradient(l).d_qkv, ln1());
                 pre_attention_backward(ctx, w, dw, d_x(), pre_gradient(l), t.ln1_stats(l), x(l));
                 break;

@@ -35,8 +35,9 @@ std::vector<Plan> plans_of(RankOptions o, const std::vector<int>& group_sizes, b
 std::string describe(const RankOptions& o, size_t chunks, bool training) {
     const Layout& y = o.layout;
     return y.schedule + " p=" + std::to_string(y.ranks) + " L=" + std::to_string(o.model.layers) +
-           " m=" + std::to_string(chunks) + " F=" + std::to_string(y.folds) + (y.move_qkv ? " move" : " no move") +
-           " recompute " + std::to_string(int(o.recompute)) + (training ? "" : " forward only");
+           " m=" + std::to_string(chunks) + " F=" + std::to_string(y.folds) +
+           (y.helix.move_qkv ? y.helix.weights_once ? " move" : " move each" : " no move") + " recompute " +
+           std::to_string(int(o.recompute)) + (training ? "" : " forward only");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -78,13 +79,14 @@ std::string hold_to_account(const Plan& plan, const GptConfig& g) {
             });
             const std::string name = op_name(op) + ", " + tensor_name(use.tensor);
             if (place == placed.end()) {
-                if (use.tensor == Tensor::qkv_weights) continue;  // the rank's own
+                if (use.tensor == Tensor::qkv_weights || use.owner < 0) continue;  // the rank's own
                 return name + " has no place";
             }
             const std::tuple key{use.tensor, use.layer, use.owner};
             if (use.access == Access::create) {
                 current[key] = needs.size();
-                const int64_t bytes = tensor_bytes(use.tensor, plan.chunks[size_t(use.owner)], g, plan.rules);
+                const int64_t bytes =
+                    tensor_bytes(use.tensor, use.owner < 0 ? shape : plan.chunks[size_t(use.owner)], g, plan.rules);
                 if (place->offset < 0 || place->offset + bytes > plan.size.bytes) return name + " leaves the arena";
                 needs.push_back({name, place->offset, place->offset + bytes, posted[size_t(i)], i});
             } else if (!current.count(key)) {
@@ -133,8 +135,9 @@ struct Drawn {
 
 Drawn draw(const Schedule& schedule, std::mt19937& generator) {
     const auto random = [&](int low, int high) { return low + int(generator() % unsigned(high - low + 1)); };
-    Layout layout{
-        .ranks = random(1, 6), .schedule = schedule.name, .folds = random(1, 3), .move_qkv = random(0, 1) > 0};
+    Layout layout{.ranks = random(1, 6), .schedule = schedule.name, .folds = random(1, 3)};
+    const int move = random(0, 2);
+    layout.helix = {move > 0, move > 1};
     const bool sliced = (layout.ranks == 1 || schedule.name == "gpipe") && random(0, 1);
     std::vector<int> groups(size_t(random(1, sliced ? 5 : 16)), 1);
     for (int& size : groups)
@@ -209,15 +212,18 @@ int64_t designed_bytes(const RankOptions& o, int chunks) {
     const int64_t N = o.chunk_tokens, C = g.channels, rows = aligned(N * C);
     const int64_t lse = aligned(N * g.heads), weights = aligned(3 * C * C) + aligned(3 * C);
     int64_t bytes = 0;
+    std::vector<bool> received(static_cast<size_t>(L));  // weights of the layer
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const int n = chunk % (p * F);
         const bool full = chunk - n + p * F <= chunks;
         const int j = full ? n / F : n % p;
         for (int l = 0; l < L; ++l) {
             if ((l + j + 1) % p != rank) continue;
-            bytes += 2 * rows + lse;          // A, O
-            if (j == 0) bytes -= rows;        // O is that of block l + 1, here as well
-            if (j < p - 1) bytes += weights;  // the rank's own where block l is here
+            bytes += 2 * rows + lse;    // A, O
+            if (j == 0) bytes -= rows;  // O is that of block l + 1, here as well
+            // The rank's own where block l is here; else received once, or with every chunk.
+            if (j < p - 1 && (!o.layout.helix.weights_once || !received[size_t(l)])) bytes += weights;
+            received[size_t(l)] = true;
         }
         for (int k = 0; k <= L; ++k)
             if (k % p == rank) bytes += (k == 0 ? 1 : k < L ? 2 : 3) * rows;  // r; r, O; r, O and the head's input
@@ -231,7 +237,8 @@ TEST(ArenaLayouts, HelixKeepsWhatItsDesignSays) {
         for (int F : {1, 2, 3})
             for (int L : {2 * p, p + 1, p, p - 1})
                 for (int chunks : {2 * p * F, p * F + 1, p * F, p - 1}) {
-                    Layout layout{.ranks = p, .schedule = "helix", .folds = F, .max_chunks = chunks};
+                    const HelixOptions helix{true, (chunks + F) % 2 == 0};
+                    Layout layout{.ranks = p, .schedule = "helix", .folds = F, .helix = helix, .max_chunks = chunks};
                     RankOptions o = options(L, Recompute::without_attention, 32, layout);
                     const std::vector<Plan> plans = plans_of(o, std::vector<int>(size_t(chunks), 1), true);
                     for (int& rank = o.layout.rank; rank < p; ++rank) {

@@ -53,7 +53,7 @@ struct Config {
         int64_t ranks = 1;
         std::string schedule = "1f1b";
         int64_t folds = 2, virtual_stages = 0;
-        std::string qkv_move = "on";
+        std::string qkv_move = "once";
         int64_t hang_timeout = 600;  // seconds
     } parallel;
     struct {
@@ -222,7 +222,8 @@ inline const std::vector<Flag>& flag_table() {
         {"virtual-stages", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, virtual_stages),
          "interleaved: stages a rank, 0 = as many as there are layers for", {0, 10000}},
         {"qkv-move", TRAIN | PLAN, IN(parallel, qkv_move),
-         "helix: send weights for queries, keys and values, not the products", {.choices = "on|off"}},
+         "helix: send weights for queries, keys and values, not the products: once a step, with every chunk, or off",
+         {.choices = "once|on|off"}},
         {"hang-timeout", TRAIN | GENERATE | EVAL, IN(parallel, hang_timeout),
          "seconds after which a rank that does not go on is given up, before op times are known", {1, 1 << 30}},
 

@@ -22,10 +22,10 @@ struct MemoryPlan {
 // How the work is spread over ranks, and which of them this one is.
 struct Layout {
     int ranks = 1, rank = 0;
-    std::string schedule = "1f1b";       // of more than one rank; one rank accumulates gradients over chunks
-    int folds = 2;                       // helix
-    int virtual_stages = 0;              // interleaved; 0: as many as there are layers for
-    bool move_qkv = true;                // helix
+    std::string schedule = "1f1b";  // of more than one rank; one rank accumulates gradients over chunks
+    int folds = 2;                  // helix
+    int virtual_stages = 0;         // interleaved; 0: as many as there are layers for
+    HelixOptions helix = {};
     int max_chunks = 1, min_chunks = 1;  // of a training step
 };
 
@@ -56,12 +56,12 @@ struct RankOptions {
         if (name == "interleaved")
             name += ", virtual stages " + std::to_string(schedule_input(1, true, false).virtual_stages);
         if (name == "helix")
-            name += ", folds " + std::to_string(layout.folds) + (layout.move_qkv ? "" : ", QKV move off");
+            name += ", folds " + std::to_string(layout.folds) + (layout.helix.move_qkv ? "" : ", QKV move off");
         return name;
     }
     TensorRules tensor_rules(bool training) const {
         const bool apart = layout.ranks > 1 && layout.schedule == "helix";
-        return {int(model.layers), training, recompute, apart, apart && layout.move_qkv};
+        return {int(model.layers), training, recompute, apart, apart ? layout.helix : HelixOptions{false, false}};
     }
     // The rank that runs a part of the model on a chunk, and has its parameters.
     int owner(Part part, int layer, int chunk = 0) const {

@@ -8,6 +8,8 @@
 //   - no deadlock: under the rules of simulate.h all ops come to run.
 #pragma once
 
+#include <set>
+
 #include "llmc/pipeline/simulate.h"
 
 // Sentences about what is wrong; none: the plan is right.
@@ -113,7 +115,33 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
         const Op& other = at({op.peer, links[size_t(r)][size_t(i)]});
         if (index(other) != index(op))
             problem(r, op, "meets the " + op_name(other) + ": the two ranks differ in their order");
+        else if (other.weights != op.weights)
+            problem(r, op, "brings weights or their gradients where its send does not, or lacks them where it does");
     });
+    // Weights that travel once a step come with the first X of a layer. Their gradients are summed from the first
+    // backward of its attention on, leave with the last dX, and are added where that arrives.
+    for (int r = 0; r < ranks; ++r) {
+        std::set<std::pair<int, int>> come, left;  // layer, the other rank
+        std::set<int> summed;                      // layers
+        const auto expect = [&](const Op& op, bool weights) {
+            if (op.weights != weights) problem(r, op, "has weights or their gradients out of turn");
+        };
+        const std::vector<Op>& list = lists[size_t(r)];
+        for (const Op& op : list)
+            if (op.part == Part::pre && op.pass == Pass::F && op.kind != Kind::compute)
+                expect(op, come.emplace(op.layer, op.peer).second);
+            else if (op.part == Part::attention && op.pass == Pass::B && op.kind == Kind::compute)
+                expect(op, home[size_t(chain.position({Part::pre, Pass::F, op.layer, 0}))] != r &&
+                               summed.insert(op.layer).second);
+        for (auto op = list.rbegin(); op != list.rend(); ++op)
+            if (op->part == Part::attention && op->pass == Pass::B && op->kind != Kind::compute)
+                expect(*op, left.emplace(op->layer, op->peer).second);
+        for (const Op& op : list)
+            if (op.part == Part::pre && op.pass == Pass::B && op.kind == Kind::compute) {
+                const Place from = received[index(op) - 1];
+                expect(op, from.rank == r && at(from).weights);
+            }
+    }
     if (!problems.empty()) return problems;
 
     const auto zero = [](const Op&) { return 0.0; };

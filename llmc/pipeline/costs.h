@@ -26,7 +26,7 @@ struct OpTimes {
             case Part::embed:
                 return 0;
             case Part::pre:
-                return block * t.pre + (recomputes && rules.apart && rules.move_qkv ? t.pre : 0);
+                return block * t.pre + (recomputes && rules.apart && rules.helix.move_qkv ? t.pre : 0);
             case Part::attention:
                 if (!backward) return t.attention + t.moved;
                 return attention_backward * t.attention + 2 * t.moved + (recomputes ? t.moved : 0) +
@@ -60,11 +60,11 @@ inline std::vector<PartTimes> arithmetic_times(const GptConfig& g, const std::ve
             attention = attention_flops(g, begin, begin + tokens);
         }
         const double linear = 2 * double(tokens) / flops_per_ms, qkv = linear * 3 * C * C;
-        times.push_back({.pre = rules.move_qkv ? 0 : qkv,
+        times.push_back({.pre = rules.helix.move_qkv ? 0 : qkv,
                          .attention = attention / (3 * double(g.layers)) / flops_per_ms,
                          .post = linear * 9 * C * C,
                          .head = linear * double(g.padded_vocab) * C,
-                         .moved = rules.move_qkv ? qkv : 0});
+                         .moved = rules.helix.move_qkv ? qkv : 0});
     }
     return times;
 }

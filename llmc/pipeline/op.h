@@ -24,6 +24,9 @@ struct Op {
     Kind kind = Kind::compute;
     int peer = -1;   // rank at the other end
     int batch = -1;  // sends and receives of one number are posted together; numbers increase along the list
+    // HelixPipe with weights once a step: where those of a layer come to a rank with its first attention there, where
+    // the sum of their gradients begins, and where it goes back and is added.
+    bool weights = false;
 };
 
 inline const char* part_name(Part part) {
@@ -88,6 +91,12 @@ inline const char* tensor_name(Tensor tensor) {
     return names[int(tensor)];
 }
 
+// What HelixPipe adds to its schedule (llmc/pipeline/README.md, "Helix"). As published: the QKV move alone.
+struct HelixOptions {
+    bool move_qkv = true;      // products for queries, keys and values run with the attention: their weights travel
+    bool weights_once = true;  // once a step to each rank, and their gradients are summed there; else with every chunk
+};
+
 // What decides, besides the op itself, which tensors it takes.
 struct TensorRules {
     int layers = 1;
@@ -97,7 +106,7 @@ struct TensorRules {
     // runs on a rank of its own. With a mode that recomputes, post(l-1) and pre(l) are then one block that keeps only
     // x(l-1) and the attention output, and their backward is one as well, that of post(l-1).
     bool apart = false;
-    bool move_qkv = false;  // and the products for queries, keys and values run with the attention, too
+    HelixOptions helix = {false, false};  // counts where `apart` is set
 
     bool one_block(int layer) const { return apart && recompute != Recompute::none && layer > 0; }
 };
@@ -107,7 +116,7 @@ enum class Access { create, update, read };
 struct Use {
     Tensor tensor;
     int layer;  // -1 where there is one tensor a chunk
-    int owner;  // chunk, for stores the chunk of the first slice
+    int owner;  // chunk, for stores the chunk of the first slice; -1 where all chunks share the tensor
     Access access;
 };
 
@@ -118,14 +127,20 @@ inline std::vector<Use> message_contents(const Op& op, const TensorRules& rules)
     const Access access = op.kind == Kind::send ? Access::read : Access::create;
     std::vector<Use> list;
     const auto carry = [&](Tensor tensor, int layer) { list.push_back({tensor, layer, op.chunk, access}); };
+    const bool move = rules.helix.move_qkv, once = rules.helix.weights_once, weights = !once || op.weights;
     if (op.pass == Pass::F) {
-        if (op.part == Part::pre && rules.move_qkv) carry(Tensor::ln1, l), carry(Tensor::qkv_weights, l);
-        if (op.part == Part::pre && !rules.move_qkv) carry(Tensor::qkv, l);
+        if (op.part == Part::pre && move) carry(Tensor::ln1, l);
+        if (op.part == Part::pre && move && weights)
+            list.push_back({Tensor::qkv_weights, l, once ? -1 : op.chunk, access});
+        if (op.part == Part::pre && !move) carry(Tensor::qkv, l);
         carry(Tensor::residual, op.part == Part::post || op.part == Part::embed ? l + 1 : l);
         if (op.part == Part::attention) carry(Tensor::attention_out, l);
     } else {
-        if (op.part == Part::attention && rules.move_qkv) carry(Tensor::d_ln1, l), carry(Tensor::d_qkv_weights, l);
-        if (op.part == Part::attention && !rules.move_qkv) carry(Tensor::d_qkv, l);
+        if (op.part == Part::attention && move) carry(Tensor::d_ln1, l);
+        if (op.part == Part::attention && move &&
+            weights)  // one sum where they leave; one from each rank where they arrive
+            list.push_back({Tensor::d_qkv_weights, l, once && op.kind == Kind::send ? -1 : op.chunk, access});
+        if (op.part == Part::attention && !move) carry(Tensor::d_qkv, l);
         carry(Tensor::d_residual, -1);
         if (op.part == Part::post) carry(Tensor::d_attention, l);
     }
@@ -136,7 +151,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
     if (op.kind != Kind::compute) return message_contents(op, rules);
     const int l = op.layer, c = op.chunk, s = shape.store;
     const bool sliced = s >= 0, none = rules.recompute == Recompute::none;
-    const bool apart = rules.apart, move = rules.move_qkv;
+    const bool apart = rules.apart, move = rules.helix.move_qkv, once = rules.helix.weights_once;
     std::vector<Use> list;
     const auto use = [&](Access access, std::initializer_list<Tensor> tensors, int layer) {
         for (Tensor tensor : tensors) list.push_back({tensor, layer, c, access});
@@ -146,6 +161,10 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
     const auto update_d_residual = [&] { use(Access::update, {Tensor::d_residual}, -1); };
     const auto use_store = [&](Tensor tensor, Access access) {
         if (sliced) list.push_back({tensor, l, s, access});
+    };
+    const auto read_moved = [&] {
+        read({Tensor::ln1});
+        list.push_back({Tensor::qkv_weights, l, once ? -1 : c, Access::read});
     };
 
     if (op.pass == Pass::F) switch (op.part) {
@@ -158,7 +177,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 if (!move) create({Tensor::qkv});
                 break;
             case Part::attention:
-                if (move) read({Tensor::ln1, Tensor::qkv_weights}), create({Tensor::qkv});
+                if (move) read_moved(), create({Tensor::qkv});
                 else read({Tensor::qkv});
                 create({Tensor::attention_out, Tensor::lse});
                 use_store(Tensor::store, shape.first_slice ? Access::create : Access::update);
@@ -192,7 +211,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 if (op.split) create({Tensor::d_post});
                 break;
             case Part::attention:
-                if (move) read({Tensor::ln1, Tensor::qkv_weights});
+                if (move) read_moved();
                 if (!apart && rules.recompute == Recompute::without_attention) {
                     read({Tensor::residual});
                     create({Tensor::ln1, Tensor::ln1_stats, Tensor::qkv});
@@ -207,10 +226,13 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 create({Tensor::d_qkv});
                 use_store(Tensor::store, Access::read);
                 use_store(Tensor::d_store, shape.last_slice ? Access::create : Access::update);
-                if (move) create({Tensor::d_ln1, Tensor::d_qkv_weights});
+                if (move) create({Tensor::d_ln1});
+                if (move)
+                    list.push_back({Tensor::d_qkv_weights, l, once ? -1 : c,
+                                    !once || op.weights ? Access::create : Access::update});
                 break;
             case Part::pre:
-                if (move) read({Tensor::d_qkv_weights});
+                if (move && (!once || op.weights)) read({Tensor::d_qkv_weights});
                 if (rules.one_block(l)) break;
                 read({Tensor::residual, move ? Tensor::d_ln1 : Tensor::d_qkv});
                 if (apart && !none) create({Tensor::ln1, Tensor::ln1_stats});

@@ -150,7 +150,7 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
                 plan.tensors.push_back(
                     {use.tensor, use.layer, use.owner, {tensor_bytes(use.tensor, shape, g, rules), i, i}});
             } else if (!alive.count(key)) {
-                if (use.tensor == Tensor::qkv_weights) continue;  // the rank's own
+                if (use.tensor == Tensor::qkv_weights || use.owner < 0) continue;  // the rank's own
                 throw std::logic_error("the schedule runs before its inputs exist: " + op_name(op));
             }
             live_until(alive[key], i);

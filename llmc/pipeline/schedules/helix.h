@@ -17,6 +17,8 @@
 #pragma once
 
 #include <algorithm>
+#include <set>
+#include <tuple>
 
 #include "llmc/pipeline/schedules/slots.h"
 
@@ -106,6 +108,30 @@ inline std::vector<Phase> helix_backward(const ScheduleInput& in, const std::vec
     return phases;
 }
 
+// Weights for queries, keys and values travel once a step: with the first chunk whose attention of a layer a rank runs.
+// Their gradients are summed there, from the first of its backward ops on, and come back with the last.
+inline void mark_weights(const ScheduleInput& in, int rank, std::vector<Op>& list) {
+    std::set<std::tuple<Pass, Kind, int, int>> seen;  // pass, kind, layer, the other rank
+    const auto mark_first = [&](Op& op) {
+        const int owner = helix_owner(in, Part::pre, op.layer, op.chunk);
+        const int peer = op.kind == Kind::compute ? owner : op.peer;
+        if (peer != rank) op.weights = seen.emplace(op.pass, op.kind, op.layer, peer).second;
+    };
+    for (Op& op : list)
+        if ((op.part == Part::pre && op.pass == Pass::F && op.kind != Kind::compute) ||
+            (op.part == Part::attention && op.pass == Pass::B && op.kind == Kind::compute))
+            mark_first(op);
+    std::set<std::pair<int, int>> returned;  // layer, chunk
+    for (auto op = list.rbegin(); op != list.rend(); ++op)
+        if (op->part == Part::attention && op->pass == Pass::B && op->kind != Kind::compute) {
+            mark_first(*op);
+            if (op->weights && op->kind == Kind::receive) returned.emplace(op->layer, op->chunk);
+        }
+    for (Op& op : list)
+        if (op.part == Part::pre && op.pass == Pass::B && op.kind == Kind::compute)
+            op.weights = returned.count({op.layer, op.chunk}) > 0;
+}
+
 inline OpLists helix_schedule(const ScheduleInput& in) {
     OpLists lists;
     for (int rank = 0; rank < in.ranks; ++rank) {
@@ -114,6 +140,7 @@ inline OpLists helix_schedule(const ScheduleInput& in) {
             for (Phase& phase : helix_backward(in, phases)) phases.push_back(std::move(phase));
         lists.push_back(post_exchanges(rank, phases, in,
                                        [&](const Op& op) { return helix_owner(in, op.part, op.layer, op.chunk); }));
+        mark_weights(in, rank, lists.back());
     }
     return lists;
 }
