@@ -125,8 +125,9 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const auto qkv = [&] { return t.rows<floatX>(Tensor::qkv, l); };
     const auto attention_out = [&] { return t.rows<floatX>(Tensor::attention_out, l); };
     const auto lse = [&] { return t.rows<floatS>(Tensor::lse, l); };
+    const bool keeps_post = rules.keeps_post(l);
     const auto kept_post = [&]() -> std::optional<PostActivations> {
-        if (!rules.training || !none) return std::nullopt;
+        if (!rules.training || !keeps_post) return std::nullopt;
         Allocator at = t.place(Tensor::post, l);
         return PostActivations(at, t.N, rank.options.model);
     };
@@ -185,8 +186,9 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 std::optional<NextPre> next;
                 if (l + 1 < L && rules.one_block(l + 1))
                     next.emplace(rank.w.layers[size_t(l) + 1], rank.dw.layers[size_t(l) + 1], pre_gradient(l + 1));
-                post_attention_backward(ctx, w, dw, d_x(), d_attention(), kept_post(), none ? Matrix<floatR>() : x(l),
-                                        attention_out(), op.split ? std::optional(d_post()) : std::nullopt, next);
+                post_attention_backward(ctx, w, dw, d_x(), d_attention(), kept_post(),
+                                        keeps_post ? Matrix<floatR>() : x(l), attention_out(),
+                                        op.split ? std::optional(d_post()) : std::nullopt, next);
                 break;
             }
             case Part::attention: {
@@ -322,22 +324,42 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradients
 
-// A tied embedding is used at both ends of the model. Where these are on two ranks, each has the weight, and both add
-// up their gradients, in pieces that fit into the activations, which nobody needs between steps.
-void sum_tied_gradients(Rank& rank) {
-    const int first = rank.options.owner(Part::embed, -1), last = rank.options.owner(Part::head, -1);
-    if (!rank.options.model.tied || first == last || (rank.index != first && rank.index != last)) return;
-    const int peer = rank.index == first ? last : first;
-    const Parameter& embedding = rank.parameters.front();
-    floatS* received = reinterpret_cast<floatS*>(rank.activations);
-    // Both ranks take the same pieces, though their arenas differ: a chunk of one layer fits into either.
-    const int64_t piece = rank.options.chunk_tokens * rank.options.model.channels;
-    for (int64_t begin = 0; begin < embedding.size(); begin += piece) {
-        const int64_t n = std::min(piece, embedding.size() - begin), bytes = n * int64_t(sizeof(floatS));
-        floatS* own = rank.gradients + embedding.offset + begin;
-        const Transfer both[] = {{true, peer, own, bytes}, {false, peer, received, bytes}};
-        rank.transport.wait(0, rank.transport.post(both) + 2);
-        add_rows(rank.device, Matrix<floatS>(own, 1, n), Matrix<floatS>(received, 1, n));
+// A parameter that several ranks hold (a tied embedding whose ends are apart, a spread head) has its gradients added
+// up, and all ranks get the same bits: each adds one part of the tensor and passes the sum on. The tensor is taken in
+// pieces that fit into the activations, which nobody needs between steps.
+void sum_shared_gradients(Rank& rank) {
+    floatS* const received = reinterpret_cast<floatS*>(rank.activations);
+    for (const SharedParameter& shared : rank.shared) {
+        const std::vector<int>& holders = shared.holders;
+        const int count = int(holders.size());
+        // All take the same pieces, though their arenas differ: a chunk of one layer fits into each.
+        const int64_t part = ceil_div(rank.options.chunk_tokens * rank.options.model.channels, count);
+        for (int64_t begin = 0; begin < shared.size; begin += count * part) {
+            std::vector<Transfer> sums, results;
+            Matrix<floatS> mine;
+            const auto part_of = [&](int holder) {
+                const int64_t first = std::min(begin + holder * part, shared.size);
+                return Matrix<floatS>(rank.gradients + shared.offset + first, 1, std::min(part, shared.size - first));
+            };
+            const auto add = [&](std::vector<Transfer>& list, bool send, int peer, floatS* data, int64_t n) {
+                if (n > 0) list.push_back({send, peer, data, n * int64_t(sizeof(floatS))});
+            };
+            for (int n = 0; n < count; ++n)
+                if (holders[size_t(n)] == rank.index) mine = part_of(n);
+            int others = 0;
+            for (int n = 0; n < count; ++n) {
+                const int peer = holders[size_t(n)];
+                if (peer == rank.index) continue;
+                add(sums, true, peer, part_of(n).data, part_of(n).cols);
+                add(sums, false, peer, received + others++ * part, mine.cols);
+                add(results, true, peer, mine.data, mine.cols);
+                add(results, false, peer, part_of(n).data, part_of(n).cols);
+            }
+            rank.transport.wait(0, rank.transport.post(sums) + int64_t(sums.size()));
+            for (int n = 0; n < others; ++n)
+                add_rows(rank.device, mine, Matrix<floatS>(received + n * part, 1, mine.cols));
+            rank.transport.wait(0, rank.transport.post(results) + int64_t(results.size()));
+        }
     }
 }
 
@@ -348,7 +370,7 @@ double compute_gradients(Rank& rank, const Step& step, Observer* observer = null
     const double count = double(std::max<int64_t>(step.targets, 1));
     double loss = run_ops(rank, rank.plan_for(step.group_sizes, true), step, floatS(1.0 / count), observer) / count;
     rank.transport.progress.busy_with("the sum of gradients");
-    sum_tied_gradients(rank);
+    sum_shared_gradients(rank);
     rank.transport.sum({&loss, 1});
     return loss;
 }
@@ -397,10 +419,11 @@ double learning_rate(const Config& c, int64_t step) {
     return t.lr;
 }
 
-// Over all ranks; a tied embedding that lies on two of them counts once.
+// Over all ranks; a parameter that several of them hold counts once.
 double gradient_norm(const Rank& rank) {
     const auto& held = rank.parameters;
-    const int64_t begin = held.size() > 1 && held[0].copy ? held[1].offset : 0;  // a copy comes first
+    const auto own = std::find_if(held.begin(), held.end(), [](const Parameter& p) { return !p.copy; });
+    const int64_t begin = own == held.end() ? flat_size(held) : own->offset;  // copies come first
     double squares = sum_of_squares(rank.device, rank.gradients + begin, flat_size(held) - begin);
     rank.transport.sum({&squares, 1});
     return std::sqrt(squares);

@@ -11,7 +11,14 @@
 #include "train_gpt.cu"
 
 // The forms of helix, from the default to the plainest.
-inline std::vector<HelixOptions> helix_variants() { return {{}, {true, false}, {false, false}}; }
+inline std::vector<HelixOptions> helix_variants() {
+    return {{},
+            {true, true, false},
+            {true, false, true},
+            {true, false, false},
+            {false, false, true},
+            {false, false, false}};
+}
 
 // One layout with all that goes with it.
 struct LayoutCase {
@@ -28,7 +35,8 @@ struct LayoutCase {
         std::string name = schedule;
         if (schedule == "helix")
             name += " F=" + std::to_string(folds) +
-                    (helix.move_qkv ? helix.weights_once ? " move" : " move each" : " no move");
+                    (helix.move_qkv ? helix.weights_once ? " move" : " move each" : " no move") +
+                    (helix.spread_head ? " spread" : "");
         return name + " p=" + std::to_string(ranks) + " L=" + std::to_string(layers) + " m=" + std::to_string(chunks) +
                " recompute " + modes[int(recompute)] + (documents ? " documents" : " windows") +
                (tied ? " tied" : " untied") + " mlp-chunk " + std::to_string(mlp_chunk) + " chunks of " +
@@ -106,6 +114,7 @@ inline LayoutRun run_rank(const LayoutCase& layout, Transport& transport, int st
     Rank rank(layout.options(transport.rank, int(step.chunks.size())), transport);
     const auto gather = [&](floatS* flat) {
         std::vector<std::vector<floatS>> tensors(table.size());
+        std::vector<int> originals(table.size());
         HostView<floatS> held(rank.device, flat, flat_size(rank.parameters), true);
         const std::string own(reinterpret_cast<const char*>(held.data()), size_t(held.size()) * sizeof(floatS));
         const std::vector<std::string> all = transport.all_gather(own);
@@ -114,14 +123,15 @@ inline LayoutRun run_rank(const LayoutCase& layout, Transport& transport, int st
                 std::vector<floatS> values(static_cast<size_t>(p.size()));
                 std::memcpy(values.data(), all[size_t(r)].data() + size_t(p.offset) * sizeof(floatS),
                             values.size() * sizeof(floatS));
+                originals[size_t(p.index)] += !p.copy;
                 std::vector<floatS>& known = tensors[size_t(p.index)];
                 if (known.empty()) known = std::move(values);
-                else if (!p.copy && p.index > 0) run.problems.push_back(p.name + " is on two ranks");
                 else if (std::memcmp(known.data(), values.data(), values.size() * sizeof(floatS)) != 0)
                     run.problems.push_back("copies of " + p.name + " differ");
             }
         for (const Parameter& p : table)
-            if (tensors[size_t(p.index)].empty()) run.problems.push_back("no rank has " + p.name);
+            if (originals[size_t(p.index)] != 1)
+                run.problems.push_back(std::to_string(originals[size_t(p.index)]) + " ranks own " + p.name);
         return tensors;
     };
     set_weights(rank);

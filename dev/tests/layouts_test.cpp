@@ -104,7 +104,7 @@ TEST(Layouts, OneFoldAndTwoHaveTheSameBits) {
                                       .ranks = p,
                                       .layers = layers,
                                       .chunks = 4 * p,
-                                      .helix = {move, false},
+                                      .helix = {move, false, false},
                                       .recompute = recompute};
                     const LayoutRun one = run_layout(layout, steps);
                     layout.folds = 2;

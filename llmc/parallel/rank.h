@@ -29,6 +29,12 @@ struct Layout {
     int max_chunks = 1, min_chunks = 1;  // of a training step
 };
 
+// A parameter that this rank holds and others, too.
+struct SharedParameter {
+    int64_t offset, size;      // elements, as in Parameter
+    std::vector<int> holders;  // ranks, this one included
+};
+
 struct RankOptions {
     GptConfig model;
     Recompute recompute = Recompute::none;
@@ -49,7 +55,8 @@ struct RankOptions {
         const int v = layout.schedule != "interleaved" ? 1
                       : layout.virtual_stages          ? std::min(layout.virtual_stages, most)
                                                        : most;
-        return {layout.ranks, L, chunks, layout.folds, v, training, sliced};
+        const bool spread_head = layout.ranks > 1 && layout.schedule == "helix" && layout.helix.spread_head;
+        return {layout.ranks, L, chunks, layout.folds, v, training, spread_head, sliced};
     }
     std::string schedule_name() const {
         std::string name = layout.ranks == 1 ? "accumulate" : layout.schedule;
@@ -61,16 +68,40 @@ struct RankOptions {
     }
     TensorRules tensor_rules(bool training) const {
         const bool apart = layout.ranks > 1 && layout.schedule == "helix";
-        return {int(model.layers), training, recompute, apart, apart ? layout.helix : HelixOptions{false, false}};
+        return {int(model.layers), training, recompute, apart,
+                apart ? layout.helix : HelixOptions{false, false, false}};
     }
-    // The rank that runs a part of the model on a chunk, and has its parameters.
+    // The rank that runs a part of the model on a chunk; for chunk 0 it owns its parameters.
     int owner(Part part, int layer, int chunk = 0) const {
         if (layout.ranks == 1) return 0;
         return find_schedule(layout.schedule)
             ->owner(schedule_input(std::max(chunk + 1, layout.max_chunks), true, false), part, layer, chunk);
     }
+    // Whether a rank runs a part on some chunk, of a step with more chunks if need be. Attention has no parameters.
+    bool runs(Part part, int layer, int rank) const {
+        const bool spread = schedule_input(1, true, false).spread_head;
+        const bool last = part == Part::head || (part == Part::post && layer == int(model.layers) - 1);
+        return (spread && last) || owner(part, layer) == rank;
+    }
+    bool holds(const Parameter& p, int rank) const {
+        return runs(p.part, p.layer, rank) || (model.tied && p.index == 0 && runs(Part::head, -1, rank));
+    }
     std::vector<Parameter> parameters() const {
-        return parameters_of(model, [&](Part part, int layer) { return owner(part, layer) == layout.rank; });
+        return parameters_of(
+            model, [&](Part part, int layer) { return runs(part, layer, layout.rank); },
+            [&](Part part, int layer) { return owner(part, layer) == layout.rank; });
+    }
+    std::vector<SharedParameter> shared_parameters() const {
+        std::vector<SharedParameter> shared;
+        std::vector<Parameter> held = parameters();
+        std::sort(held.begin(), held.end(), [](const auto& a, const auto& b) { return a.index < b.index; });
+        for (const Parameter& p : held) {
+            SharedParameter s{p.offset, p.size(), {}};
+            for (int r = 0; r < layout.ranks; ++r)
+                if (holds(p, r)) s.holders.push_back(r);
+            if (s.holders.size() > 1) shared.push_back(std::move(s));
+        }
+        return shared;
     }
 };
 
@@ -205,6 +236,7 @@ struct Rank {
     Transport& transport;
     MemoryPlan memory;
     std::vector<Parameter> parameters;
+    std::vector<SharedParameter> shared;  // the same order on all ranks
     OpenDevice opened;
 #ifdef USE_CUDNN
     std::unique_ptr<CudnnAttention> cudnn;
@@ -234,6 +266,7 @@ struct Rank {
           transport(transport),
           memory(plan_memory(o)),
           parameters(o.parameters()),
+          shared(o.shared_parameters()),
           opened(o.threads, o.local_rank),
           device(opened.device),
           activations(allocate_on_device(memory.activations)),

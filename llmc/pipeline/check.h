@@ -1,7 +1,9 @@
 // Proves the lists of all ranks before the first step:
 //
-//   - every op of the model runs exactly once; a part's parameters are on one rank, and its backward runs where its
-//     forward ran; gradients of weights that a B leaves out are added by one W after it;
+//   - every op of the model runs exactly once; a part's parameters are on one rank, but for the parts that helix
+//   spreads,
+//     and its backward runs where its forward ran; gradients of weights that a B leaves out are added by one W after
+//     it;
 //   - every op has its input, from an op before it on its rank or from a message received before it;
 //   - every message has one send, after its contents are computed, one receive and one reader, and the n-th send of a
 //     rank to another carries what is expected there as the n-th receive;
@@ -61,7 +63,9 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
         Place& place = places[index(op)];
         if (place.rank >= 0) return problem(r, op, "is listed twice, first on " + rank_name(place.rank));
         place = {r, i};
-        if (message || op.part == Part::attention) return;
+        const bool spread =
+            in.spread_head && (op.part == Part::head || (op.part == Part::post && op.layer == in.layers - 1));
+        if (message || op.part == Part::attention || spread) return;
         const int position = chain.position(op);
         int& owner = home[size_t(std::min(position, 2 * chain.head() - position))];
         if (owner >= 0 && owner != r) problem(r, op, "runs apart from its parameters on " + rank_name(owner));
@@ -76,7 +80,7 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
             }
             const Op& op = at(ran[k]);
             const int r = ran[k].rank;
-            if (op.part == Part::attention && op.pass == Pass::B && ran[k - size_t(2 * (n - chain.head()))].rank != r)
+            if (n > chain.head() && ran[k - size_t(2 * (n - chain.head()))].rank != r)
                 problem(r, op, "runs apart from its forward");
             if (op.split != (weights[k].rank >= 0))
                 problem(r, op,

@@ -32,7 +32,7 @@ struct OpTimes {
                 return attention_backward * t.attention + 2 * t.moved + (recomputes ? t.moved : 0) +
                        (full && rules.apart ? t.attention : 0) + (recomputes && !full && !rules.apart ? t.pre : 0);
             case Part::post:
-                return block * t.post + (recomputes ? t.post : 0) +
+                return block * t.post + (op.pass != Pass::F && !rules.keeps_post(op.layer) ? t.post : 0) +
                        (backward && full && !rules.apart ? t.pre + t.attention : 0);
             case Part::head:
                 return (backward ? 3 : 1) * t.head;  // its backward begins with the forward

@@ -95,6 +95,9 @@ inline const char* tensor_name(Tensor tensor) {
 struct HelixOptions {
     bool move_qkv = true;      // products for queries, keys and values run with the attention: their weights travel
     bool weights_once = true;  // once a step to each rank, and their gradients are summed there; else with every chunk
+    // The last post and the head run where the last attention of the chunk did: every rank has their parameters. Both
+    // wait for the backward pass, so that nothing of them is kept or recomputed.
+    bool spread_head = true;
 };
 
 // What decides, besides the op itself, which tensors it takes.
@@ -106,9 +109,13 @@ struct TensorRules {
     // runs on a rank of its own. With a mode that recomputes, post(l-1) and pre(l) are then one block that keeps only
     // x(l-1) and the attention output, and their backward is one as well, that of post(l-1).
     bool apart = false;
-    HelixOptions helix = {false, false};  // counts where `apart` is set
+    HelixOptions helix = {false, false, false};  // all off unless `apart` is set
 
     bool one_block(int layer) const { return apart && recompute != Recompute::none && layer > 0; }
+    // Whether the forward of post leaves all that its backward needs.
+    bool keeps_post(int layer) const {
+        return recompute == Recompute::none || (helix.spread_head && layer == layers - 1);
+    }
 };
 
 enum class Access { create, update, read };
@@ -185,7 +192,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
             case Part::post:
                 read({Tensor::residual, Tensor::attention_out});
                 use(Access::create, {Tensor::residual}, l + 1);
-                if (rules.training && none) create({Tensor::post});
+                if (rules.training && rules.keeps_post(l)) create({Tensor::post});
                 break;
             case Part::head:
                 use(Access::read, {Tensor::residual}, rules.layers);
@@ -197,7 +204,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 use(Access::create, {Tensor::d_residual}, -1);
                 break;
             case Part::post:
-                read({none ? Tensor::post : Tensor::residual});
+                read({rules.keeps_post(l) ? Tensor::post : Tensor::residual});
                 if (rules.recompute == Recompute::full && !apart) {  // needed first, so recomputed here
                     create({Tensor::ln1, Tensor::ln1_stats, Tensor::qkv, Tensor::attention_out, Tensor::lse});
                     use_store(Tensor::store, Access::read);

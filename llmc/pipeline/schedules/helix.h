@@ -41,8 +41,16 @@ inline int helix_chunk(const ScheduleInput& in, HelixPlace at) {
 
 // Which rank holds and runs a part.
 inline int helix_owner(const ScheduleInput& in, Part part, int layer, int chunk) {
+    if (in.spread_head && (part == Part::head || (part == Part::post && layer == in.layers - 1)))
+        part = Part::attention, layer = in.layers - 1;
     if (part == Part::attention) return (layer + helix_place(in, chunk).offset + 1) % in.ranks;
     return Chain{in.layers, in.training}.block(part, layer) % in.ranks;
+}
+
+// The end of the forward chain. In training what is left, the head and before it a spread post, goes with the backward.
+inline int helix_forward_end(const ScheduleInput& in) {
+    const Chain chain{in.layers, in.training};
+    return in.training ? chain.head() - in.spread_head : chain.length();
 }
 
 // The forward slots of a rank. If p divides L, the ring of blocks closes: rank 0 runs the last as well as the first, a
@@ -52,7 +60,7 @@ inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
     const int groups = int(ceil_div(in.chunks, p * F));
     const bool closed = L % p == 0;
     const Chain chain{L, in.training};
-    const int end = in.training ? chain.head() : chain.length();  // of the forward chain
+    const int end = helix_forward_end(in);
     std::vector<Phase> phases;
     for (int g = 0; g < groups; ++g) {
         if (g == 0 || !closed) phases.emplace_back();
@@ -74,7 +82,8 @@ inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
                 }
             }
         };
-        const auto block = [&](int k, int j) { slots(3 * k, j); };  // block k begins with post(k-1), block 0 with embed
+        // Block k begins with post(k-1), block 0 with embed. A spread block L goes on with block 0 of the next group.
+        const auto block = [&](int k, int j) { slots(k == L && in.spread_head ? end : 3 * k, j); };
         const auto attention = [&](int l, int j) { slots(3 * l + 2, j); };
 
         if (rank == 0 && (g == 0 || !closed)) block(0, 0);
@@ -89,7 +98,7 @@ inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
     return phases;
 }
 
-// The same slots from the last to the first, each from its last op to its first; the head comes before block L.
+// The same slots from the last to the first, each from its last op to its first, after what the forward has left.
 inline std::vector<Phase> helix_backward(const ScheduleInput& in, const std::vector<Phase>& forward) {
     const Chain chain{in.layers, in.training};
     std::vector<Phase> phases;
@@ -99,9 +108,10 @@ inline std::vector<Phase> helix_backward(const ScheduleInput& in, const std::vec
             std::vector<Op>& ops = phases.back().emplace_back().ops;
             phases.back().back().ahead = in.folds;
             for (auto op = slot->ops.rbegin(); op != slot->ops.rend(); ++op) {
-                const int position = 2 * chain.head() - chain.position(*op);
-                if (position == chain.head() + 1) ops.push_back(chain.op(chain.head(), op->chunk));
-                ops.push_back(chain.op(position, op->chunk));
+                const int forward = chain.position(*op), end = helix_forward_end(in);
+                for (int n = end; forward == end - 1 && n < 2 * chain.head() - forward; ++n)
+                    ops.push_back(chain.op(n, op->chunk));
+                ops.push_back(chain.op(2 * chain.head() - forward, op->chunk));
             }
         }
     }
