@@ -60,20 +60,26 @@ struct OpTensors {
         Allocator at = place(Tensor::ln1_stats, layer);
         return {at, N};
     }
-    // Received ones; the rank's own where its pre_attention is here.
-    QkvWeights<floatX> qkv_weights(int layer) const {
-        if (!find(Tensor::qkv_weights, layer))
-            return {rank.w.layers[size_t(layer)].qkv_weight, rank.w.layers[size_t(layer)].qkv_bias};
+    // The weights of pre_attention and their gradients: where they are apart from it, else the rank's own.
+    LayerTensors<floatX> pre_weights(int layer) const {
+        if (!find(Tensor::qkv_weights, layer)) return rank.w.layers[size_t(layer)];
         Allocator at = place(Tensor::qkv_weights, layer);
-        return {at, rank.options.model};
+        return MovedWeights<floatX>(at, rank.options.model).tensors;
     }
-    QkvWeights<floatS> d_qkv_weights(int layer) const {
-        if (!find(Tensor::d_qkv_weights, layer))
-            return {rank.dw.layers[size_t(layer)].qkv_weight, rank.dw.layers[size_t(layer)].qkv_bias};
+    LayerTensors<floatS> d_pre_weights(int layer) const {
+        if (!find(Tensor::d_qkv_weights, layer)) return rank.dw.layers[size_t(layer)];
         Allocator at = place(Tensor::d_qkv_weights, layer);
-        return {at, rank.options.model};
+        return MovedWeights<floatS>(at, rank.options.model).tensors;
     }
 };
+
+// Those of them that travel with the products, as matrices of one row.
+template <class T>
+std::vector<Matrix<T>> moved_tensors(const LayerTensors<T>& t, const HelixOptions& helix, int64_t C) {
+    std::vector<Matrix<T>> list = {{t.qkv_weight, 1, 3 * C * C}, {t.qkv_bias, 1, 3 * C}};
+    if (helix.move_norm) list.insert(list.end(), {{t.ln1_weight, 1, C}, {t.ln1_bias, 1, C}});
+    return list;
+}
 
 // What a send or receive carries.
 void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
@@ -83,8 +89,7 @@ void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
         transfers.push_back({op.kind == Kind::send, op.peer, data, count * int64_t(sizeof(T))});
     };
     const auto append_weights = [&](const auto& weights) {
-        append(weights.weight, 3 * C * C);
-        append(weights.bias, 3 * C);
+        for (const auto& tensor : moved_tensors(weights, t.plan.rules.helix, C)) append(tensor.data, tensor.cols);
     };
     for (const Use& use : message_contents(op, t.plan.rules)) switch (use.tensor) {
             case Tensor::residual:
@@ -92,10 +97,13 @@ void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
                 append(t.rows<floatR>(use.tensor, use.layer).data, t.N * C);
                 break;
             case Tensor::qkv_weights:
-                append_weights(t.qkv_weights(use.layer));
+                append_weights(t.pre_weights(use.layer));
                 break;
             case Tensor::d_qkv_weights:
-                append_weights(t.d_qkv_weights(use.layer));
+                append_weights(t.d_pre_weights(use.layer));
+                break;
+            case Tensor::delta:
+                append(t.rows<floatS>(use.tensor, use.layer).data, t.N * t.rank.options.model.heads);
                 break;
             default:
                 append(t.rows<floatX>(use.tensor, use.layer).data,
@@ -110,7 +118,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const int l = op.layer, L = rules.layers;
     const int64_t C = rank.options.model.channels;
     const bool none = rules.recompute == Recompute::none, full = rules.recompute == Recompute::full;
-    const bool move = rules.helix.move_qkv, once = rules.helix.weights_once;
+    const bool move = rules.helix.move_qkv, once = rules.helix.weights_once, norm = rules.helix.move_norm;
     const BlockContext ctx{
         rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
     const ChunkInputs& inputs = rank.inputs.chunks[size_t(op.chunk)];
@@ -125,6 +133,12 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const auto qkv = [&] { return t.rows<floatX>(Tensor::qkv, l); };
     const auto attention_out = [&] { return t.rows<floatX>(Tensor::attention_out, l); };
     const auto lse = [&] { return t.rows<floatS>(Tensor::lse, l); };
+    // Beside the attention: its LayerNorm, if that has moved there, and the products for queries, keys and values.
+    const auto moved_forward = [&] {
+        const LayerTensors<floatX> weights = t.pre_weights(l);
+        if (norm) pre_attention_forward(ctx, weights, ln1(), t.ln1_stats(l), qkv(), x(l));
+        else matmul_forward(rank.device, qkv(), ln1(), {weights.qkv_weight, 3 * C, C}, weights.qkv_bias);
+    };
     const bool keeps_post = rules.keeps_post(l);
     const auto kept_post = [&]() -> std::optional<PostActivations> {
         if (!rules.training || !keeps_post) return std::nullopt;
@@ -146,10 +160,6 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
         if (move) return PreGradient{{}, t.rows<floatX>(Tensor::d_ln1, layer)};
         return PreGradient{t.rows<floatX>(Tensor::d_qkv, layer), {}};
     };
-    const auto multiply_moved_qkv = [&] {
-        const QkvWeights<floatX> weights = t.qkv_weights(l);
-        matmul_forward(rank.device, qkv(), ln1(), {weights.weight, 3 * C, C}, weights.bias);
-    };
     floatS* losses = nullptr;
     if (observer && op.part == Part::head) {
         observer->losses[size_t(op.chunk)].resize(size_t(t.N));
@@ -161,10 +171,11 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 embed_forward(ctx, rank.w, x(0), inputs.rows);
                 break;
             case Part::pre:
+                if (norm) break;
                 pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), move ? std::nullopt : std::optional(qkv()), x(l));
                 break;
             case Part::attention:
-                if (move) multiply_moved_qkv();
+                if (move) moved_forward();
                 attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
                 break;
             case Part::post:
@@ -189,40 +200,43 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 post_attention_backward(ctx, w, dw, d_x(), d_attention(), kept_post(),
                                         keeps_post ? Matrix<floatR>() : x(l), attention_out(),
                                         op.split ? std::optional(d_post()) : std::nullopt, next);
+                if (t.find(Tensor::delta, l))
+                    attention_delta(rank.device, t.rows<floatS>(Tensor::delta, l), d_attention(), attention_out());
                 break;
             }
             case Part::attention: {
-                if (!none && move) multiply_moved_qkv();
+                if (!none && move) moved_forward();
                 if (full && rules.apart)
                     attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
                 if (!none && !full && !rules.apart) pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), qkv(), x(l));
                 const Matrix<floatX> d_qkv = t.rows<floatX>(Tensor::d_qkv, l);
-                attention_block_backward(ctx, d_qkv, d_attention(), attention_out(), lse(), qkv(), kv_store(),
-                                         store(Tensor::d_store, floatS()), segments, shape.last_slice);
-                if (move) {
-                    const QkvWeights<floatS> d_weights = t.d_qkv_weights(l);
-                    if (!once || op.weights) {
-                        fill_zero(rank.device, d_weights.weight, 3 * C * C);
-                        fill_zero(rank.device, d_weights.bias, 3 * C);
-                    }
-                    qkv_backward_weight(ctx, d_weights, d_qkv, ln1());
+                const bool has_delta = t.find(Tensor::delta, l);
+                attention_block_backward(ctx, d_qkv, d_attention(), has_delta ? Matrix<floatX>() : attention_out(),
+                                         lse(), qkv(), kv_store(), store(Tensor::d_store, floatS()), segments,
+                                         shape.last_slice,
+                                         has_delta ? t.rows<floatS>(Tensor::delta, l) : Matrix<floatS>());
+                if (!move) break;
+                const LayerTensors<floatS> d_weights = t.d_pre_weights(l);
+                if (!once || op.weights)
+                    for (const auto& tensor : moved_tensors(d_weights, rules.helix, C)) fill_zero(rank.device, tensor);
+                qkv_backward_weight(ctx, d_weights, d_qkv, ln1());
+                if (norm)
+                    pre_attention_backward(ctx, t.pre_weights(l), d_weights, d_x(), {d_qkv, {}}, t.ln1_stats(l), x(l));
+                else
                     matmul_backward_input(rank.device, t.rows<floatX>(Tensor::d_ln1, l), d_qkv,
-                                          {t.qkv_weights(l).weight, 3 * C, C});
-                }
+                                          {t.pre_weights(l).qkv_weight, 3 * C, C});
                 break;
             }
             case Part::pre:
                 if (move && (!once || op.weights)) {  // the sum of another rank or, of every chunk, its own
-                    const QkvWeights<floatS> d_weights = t.d_qkv_weights(l);
-                    add_rows(rank.device, Matrix<floatS>(dw.qkv_weight, 1, 3 * C * C),
-                             Matrix<floatS>(d_weights.weight, 1, 3 * C * C));
-                    add_rows(rank.device, Matrix<floatS>(dw.qkv_bias, 1, 3 * C),
-                             Matrix<floatS>(d_weights.bias, 1, 3 * C));
+                    const auto sums = moved_tensors(dw, rules.helix, C);
+                    const auto added = moved_tensors(t.d_pre_weights(l), rules.helix, C);
+                    for (size_t n = 0; n < sums.size(); ++n) add_rows(rank.device, sums[n], added[n]);
                 }
+                if (norm) break;                // the rest ran with the attention
                 if (rules.one_block(l)) break;  // the rest is part of post's backward, the next op
                 if (rules.apart && !none) pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), std::nullopt, x(l));
-                if (!move && !op.split)
-                    qkv_backward_weight(ctx, {dw.qkv_weight, dw.qkv_bias}, pre_gradient(l).d_qkv, ln1());
+                if (!move && !op.split) qkv_backward_weight(ctx, dw, pre_gradient(l).d_qkv, ln1());
                 pre_attention_backward(ctx, w, dw, d_x(), pre_gradient(l), t.ln1_stats(l), x(l));
                 break;
             case Part::embed:
@@ -230,8 +244,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 break;
         }
     if (op.pass == Pass::W) {
-        if (op.part == Part::pre)
-            qkv_backward_weight(ctx, {dw.qkv_weight, dw.qkv_bias}, t.rows<floatX>(Tensor::d_qkv, l), ln1());
+        if (op.part == Part::pre) qkv_backward_weight(ctx, dw, t.rows<floatX>(Tensor::d_qkv, l), ln1());
         if (op.part == Part::post)
             post_attention_backward_weight(ctx, w, dw, d_post(), kept_post(), none ? Matrix<floatR>() : x(l),
                                            attention_out());

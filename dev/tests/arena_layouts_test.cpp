@@ -137,7 +137,7 @@ Drawn draw(const Schedule& schedule, std::mt19937& generator) {
     const auto random = [&](int low, int high) { return low + int(generator() % unsigned(high - low + 1)); };
     Layout layout{.ranks = random(1, 6), .schedule = schedule.name, .folds = random(1, 3)};
     const int move = random(0, 2);
-    layout.helix = {move > 0, move > 1, random(0, 1) > 0};
+    layout.helix = {move > 0, move > 1, move > 0 && random(0, 1) > 0, random(0, 1) > 0};
     const bool sliced = (layout.ranks == 1 || schedule.name == "gpipe") && random(0, 1);
     std::vector<int> groups(size_t(random(1, sliced ? 5 : 16)), 1);
     for (int& size : groups)
@@ -237,7 +237,7 @@ TEST(ArenaLayouts, HelixKeepsWhatItsDesignSays) {
         for (int F : {1, 2, 3})
             for (int L : {2 * p, p + 1, p, p - 1})
                 for (int chunks : {2 * p * F, p * F + 1, p * F, p - 1}) {
-                    const HelixOptions helix{true, (chunks + F) % 2 == 0, false};
+                    const HelixOptions helix{true, (chunks + F) % 2 == 0, false, false};
                     Layout layout{.ranks = p, .schedule = "helix", .folds = F, .helix = helix, .max_chunks = chunks};
                     RankOptions o = options(L, Recompute::without_attention, 32, layout);
                     const std::vector<Plan> plans = plans_of(o, std::vector<int>(size_t(chunks), 1), true);

@@ -13,11 +13,12 @@
 // The forms of helix, from the default to the plainest.
 inline std::vector<HelixOptions> helix_variants() {
     return {{},
-            {true, true, false},
-            {true, false, true},
-            {true, false, false},
-            {false, false, true},
-            {false, false, false}};
+            {true, true, true, false},
+            {true, false, true, true},
+            {true, true, false, true},
+            {true, false, false, false},
+            {false, false, false, true},
+            {false, false, false, false}};
 }
 
 // One layout with all that goes with it.
@@ -36,7 +37,7 @@ struct LayoutCase {
         if (schedule == "helix")
             name += " F=" + std::to_string(folds) +
                     (helix.move_qkv ? helix.weights_once ? " move" : " move each" : " no move") +
-                    (helix.spread_head ? " spread" : "");
+                    (helix.move_norm ? " norm" : "") + (helix.spread_head ? " spread" : "");
         return name + " p=" + std::to_string(ranks) + " L=" + std::to_string(layers) + " m=" + std::to_string(chunks) +
                " recompute " + modes[int(recompute)] + (documents ? " documents" : " windows") +
                (tied ? " tied" : " untied") + " mlp-chunk " + std::to_string(mlp_chunk) + " chunks of " +

@@ -104,7 +104,7 @@ TEST(Layouts, OneFoldAndTwoHaveTheSameBits) {
                                       .ranks = p,
                                       .layers = layers,
                                       .chunks = 4 * p,
-                                      .helix = {move, false, false},
+                                      .helix = {move, false, false, false},
                                       .recompute = recompute};
                     const LayoutRun one = run_layout(layout, steps);
                     layout.folds = 2;
@@ -173,7 +173,7 @@ TEST(Layouts, PlantedErrorsAreFound) {
     expect_found(layout, "the gradient of h.1.attn.c_attn.weight", [](Rank& rank, const OpTensors& t) {
         const Op& op = t.plan.ops[t.op];
         if (rank.index != 2 || op.part != Part::attention || op.pass != Pass::B || op.layer != 1) return;
-        floatS* weight = t.d_qkv_weights(1).weight;
+        floatS* weight = t.d_pre_weights(1).qkv_weight;
         for (int i = 0; i < 3 * 16 * 16; ++i) weight[i] *= 1 + 1.0f / 4096;
     });
     // One chunk is left out of one layer.

@@ -53,7 +53,7 @@ struct Config {
         int64_t ranks = 1;
         std::string schedule = "1f1b";
         int64_t folds = 2, virtual_stages = 0;
-        std::string qkv_move = "once";
+        std::string qkv_move = "once", norm_move = "on", spread_head = "on";
         int64_t hang_timeout = 600;  // seconds
     } parallel;
     struct {
@@ -224,6 +224,12 @@ inline const std::vector<Flag>& flag_table() {
         {"qkv-move", TRAIN | PLAN, IN(parallel, qkv_move),
          "helix: send weights for queries, keys and values, not the products: once a step, with every chunk, or off",
          {.choices = "once|on|off"}},
+        {"norm-move", TRAIN | PLAN, IN(parallel, norm_move),
+         "helix: the LayerNorm before them runs with the attention, too, which halves what is kept",
+         {.choices = "on|off"}},
+        {"spread-head", TRAIN | EVAL | PLAN, IN(parallel, spread_head),
+         "helix: every rank runs the last post and the head for the chunks whose last attention it ran",
+         {.choices = "on|off"}},
         {"hang-timeout", TRAIN | GENERATE | EVAL, IN(parallel, hang_timeout),
          "seconds after which a rank that does not go on is given up, before op times are known", {1, 1 << 30}},
 

@@ -50,13 +50,17 @@ struct NormStatistics {
     NormStatistics(Allocator& a, int64_t N) : mean(a.take<floatS>(N)), rstd(a.take<floatS>(N)) {}
 };
 
-// Weights (floatX) for queries, keys and values as they travel to an attention, or their gradients (floatS) back.
+// The weights of pre_attention (floatX) as they travel to an attention, or their gradients (floatS) back. Those of the
+// LayerNorm count only where it moves, too.
 template <class T>
-struct QkvWeights {
-    T *weight, *bias;  // [3C, C], [3C]
-    QkvWeights(T* weight, T* bias) : weight(weight), bias(bias) {}
-    QkvWeights(Allocator& a, const GptConfig& g)
-        : weight(a.take<T>(3 * g.channels * g.channels)), bias(a.take<T>(3 * g.channels)) {}
+struct MovedWeights {
+    LayerTensors<T> tensors{};
+    MovedWeights(Allocator& a, const GptConfig& g) {
+        tensors.ln1_weight = a.take<T>(g.channels);
+        tensors.ln1_bias = a.take<T>(g.channels);
+        tensors.qkv_weight = a.take<T>(3 * g.channels * g.channels);
+        tensors.qkv_bias = a.take<T>(3 * g.channels);
+    }
 };
 
 struct PostActivations {

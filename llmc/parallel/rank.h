@@ -69,7 +69,7 @@ struct RankOptions {
     TensorRules tensor_rules(bool training) const {
         const bool apart = layout.ranks > 1 && layout.schedule == "helix";
         return {int(model.layers), training, recompute, apart,
-                apart ? layout.helix : HelixOptions{false, false, false}};
+                apart ? layout.helix : HelixOptions{false, false, false, false}};
     }
     // The rank that runs a part of the model on a chunk; for chunk 0 it owns its parameters.
     int owner(Part part, int layer, int chunk = 0) const {

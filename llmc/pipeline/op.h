@@ -71,7 +71,8 @@ enum class Tensor {
     qkv,            // queries, keys, values
     qkv_weights,    // weights for these, received from the rank that owns them
     attention_out,  // attention output,
-    lse,            // its log-sum-exp
+    lse,            // its log-sum-exp,
+    delta,          // and the product of its rows and those of its gradient (D in llmc/kernels/attention.cuh)
     post,           // everything between attention output and layer output, kept when nothing is recomputed
     store,          // keys and values of a sequence cut into slices
     d_residual,     // gradient of the residual stream, updated in place from head to embed
@@ -84,10 +85,10 @@ enum class Tensor {
 };
 
 inline const char* tensor_name(Tensor tensor) {
-    static const char* const names[] = {"residual",    "ln1",           "ln1 statistics", "qkv",
-                                        "qkv weights", "attention out", "log-sum-exp",    "post",
-                                        "store",       "d residual",    "d post",         "d attention",
-                                        "d qkv",       "d ln1",         "d qkv weights",  "d store"};
+    static const char* const names[] = {
+        "residual",    "ln1",   "ln1 statistics", "qkv",           "qkv weights", "attention out",
+        "log-sum-exp", "D",     "post",           "store",         "d residual",  "d post",
+        "d attention", "d qkv", "d ln1",          "d qkv weights", "d store"};
     return names[int(tensor)];
 }
 
@@ -95,6 +96,9 @@ inline const char* tensor_name(Tensor tensor) {
 struct HelixOptions {
     bool move_qkv = true;      // products for queries, keys and values run with the attention: their weights travel
     bool weights_once = true;  // once a step to each rank, and their gradients are summed there; else with every chunk
+    // The LayerNorm before these products, too. With a mode that recomputes, only the log-sum-exp is kept there: the
+    // residual stream comes again with the gradients, and D in place of the attention output.
+    bool move_norm = true;
     // The last post and the head run where the last attention of the chunk did: every rank has their parameters. Both
     // wait for the backward pass, so that nothing of them is kept or recomputed.
     bool spread_head = true;
@@ -109,9 +113,13 @@ struct TensorRules {
     // runs on a rank of its own. With a mode that recomputes, post(l-1) and pre(l) are then one block that keeps only
     // x(l-1) and the attention output, and their backward is one as well, that of post(l-1).
     bool apart = false;
-    HelixOptions helix = {false, false, false};  // all off unless `apart` is set
+    HelixOptions helix = {false, false, false, false};  // all off unless `apart` is set
 
-    bool one_block(int layer) const { return apart && recompute != Recompute::none && layer > 0; }
+    bool one_block(int layer) const { return apart && !helix.move_norm && recompute != Recompute::none && layer > 0; }
+    // Whether an attention gets the residual stream and D with its gradient, having kept neither.
+    bool sends_again() const { return helix.move_norm && recompute != Recompute::none; }
+    // cuDNN computes D itself, and wants the attention output.
+    Tensor output_sent_again = Tensor::delta;
     // Whether the forward of post leaves all that its backward needs.
     bool keeps_post(int layer) const {
         return recompute == Recompute::none || (helix.spread_head && layer == layers - 1);
@@ -135,21 +143,26 @@ inline std::vector<Use> message_contents(const Op& op, const TensorRules& rules)
     std::vector<Use> list;
     const auto carry = [&](Tensor tensor, int layer) { list.push_back({tensor, layer, op.chunk, access}); };
     const bool move = rules.helix.move_qkv, once = rules.helix.weights_once, weights = !once || op.weights;
+    const bool norm = rules.helix.move_norm;
     if (op.pass == Pass::F) {
-        if (op.part == Part::pre && move) carry(Tensor::ln1, l);
+        if (op.part == Part::pre && move && !norm) carry(Tensor::ln1, l);
         if (op.part == Part::pre && move && weights)
             list.push_back({Tensor::qkv_weights, l, once ? -1 : op.chunk, access});
         if (op.part == Part::pre && !move) carry(Tensor::qkv, l);
         carry(Tensor::residual, op.part == Part::post || op.part == Part::embed ? l + 1 : l);
         if (op.part == Part::attention) carry(Tensor::attention_out, l);
     } else {
-        if (op.part == Part::attention && move) carry(Tensor::d_ln1, l);
+        if (op.part == Part::attention && move && !norm) carry(Tensor::d_ln1, l);
         if (op.part == Part::attention && move &&
             weights)  // one sum where they leave; one from each rank where they arrive
             list.push_back({Tensor::d_qkv_weights, l, once && op.kind == Kind::send ? -1 : op.chunk, access});
         if (op.part == Part::attention && !move) carry(Tensor::d_qkv, l);
         carry(Tensor::d_residual, -1);
         if (op.part == Part::post) carry(Tensor::d_attention, l);
+        if (op.part == Part::post && rules.sends_again()) {
+            carry(Tensor::residual, l);
+            if (rules.recompute == Recompute::without_attention) carry(rules.output_sent_again, l);
+        }
     }
     return list;
 }
@@ -159,6 +172,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
     const int l = op.layer, c = op.chunk, s = shape.store;
     const bool sliced = s >= 0, none = rules.recompute == Recompute::none;
     const bool apart = rules.apart, move = rules.helix.move_qkv, once = rules.helix.weights_once;
+    const bool norm = rules.helix.move_norm, again = rules.sends_again();
     std::vector<Use> list;
     const auto use = [&](Access access, std::initializer_list<Tensor> tensors, int layer) {
         for (Tensor tensor : tensors) list.push_back({tensor, layer, c, access});
@@ -169,8 +183,9 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
     const auto use_store = [&](Tensor tensor, Access access) {
         if (sliced) list.push_back({tensor, l, s, access});
     };
-    const auto read_moved = [&] {
-        read({Tensor::ln1});
+    const auto read_moved = [&](Access access) {  // access: to what comes of the residual stream
+        if (norm) read({Tensor::residual}), use(access, {Tensor::ln1, Tensor::ln1_stats}, l);
+        else read({Tensor::ln1});
         list.push_back({Tensor::qkv_weights, l, once ? -1 : c, Access::read});
     };
 
@@ -180,11 +195,11 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 break;
             case Part::pre:
                 read({Tensor::residual});
-                create({Tensor::ln1, Tensor::ln1_stats});
+                if (!norm) create({Tensor::ln1, Tensor::ln1_stats});
                 if (!move) create({Tensor::qkv});
                 break;
             case Part::attention:
-                if (move) read_moved(), create({Tensor::qkv});
+                if (move) read_moved(Access::create), create({Tensor::qkv});
                 else read({Tensor::qkv});
                 create({Tensor::attention_out, Tensor::lse});
                 use_store(Tensor::store, shape.first_slice ? Access::create : Access::update);
@@ -215,10 +230,13 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                     use(Access::read, {move ? Tensor::d_ln1 : Tensor::d_qkv}, l + 1);
                 update_d_residual();
                 create({Tensor::d_attention});
+                if (again && rules.recompute == Recompute::without_attention &&
+                    rules.output_sent_again == Tensor::delta)
+                    create({Tensor::delta});
                 if (op.split) create({Tensor::d_post});
                 break;
             case Part::attention:
-                if (move) read_moved();
+                if (move) read_moved(none ? Access::read : Access::create);
                 if (!apart && rules.recompute == Recompute::without_attention) {
                     read({Tensor::residual});
                     create({Tensor::ln1, Tensor::ln1_stats, Tensor::qkv});
@@ -228,19 +246,20 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                     read({Tensor::qkv});
                 }
                 if (apart && rules.recompute == Recompute::full) create({Tensor::attention_out, Tensor::lse});
-                else read({Tensor::attention_out, Tensor::lse});
+                else read({again ? rules.output_sent_again : Tensor::attention_out, Tensor::lse});
                 read({Tensor::d_attention});
                 create({Tensor::d_qkv});
                 use_store(Tensor::store, Access::read);
                 use_store(Tensor::d_store, shape.last_slice ? Access::create : Access::update);
-                if (move) create({Tensor::d_ln1});
+                if (norm) update_d_residual();
+                else if (move) create({Tensor::d_ln1});
                 if (move)
                     list.push_back({Tensor::d_qkv_weights, l, once ? -1 : c,
                                     !once || op.weights ? Access::create : Access::update});
                 break;
             case Part::pre:
                 if (move && (!once || op.weights)) read({Tensor::d_qkv_weights});
-                if (rules.one_block(l)) break;
+                if (norm || rules.one_block(l)) break;
                 read({Tensor::residual, move ? Tensor::d_ln1 : Tensor::d_qkv});
                 if (apart && !none) create({Tensor::ln1, Tensor::ln1_stats});
                 else read({Tensor::ln1, Tensor::ln1_stats});

@@ -63,6 +63,7 @@ inline int64_t tensor_columns(Tensor tensor, const GptConfig& g) {
         case Tensor::d_store:
             return 2 * g.channels;
         case Tensor::lse:
+        case Tensor::delta:
             return g.heads;
         default:
             return g.channels;
@@ -83,6 +84,7 @@ inline int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptCon
         case Tensor::d_ln1:
             return bytes_of<RowsTensor<floatX>>(N, columns);
         case Tensor::lse:
+        case Tensor::delta:
             return bytes_of<RowsTensor<floatS>>(N, columns);
         case Tensor::store:
             return bytes_of<RowsTensor<floatX>>(shape.store_tokens, columns);
@@ -91,9 +93,9 @@ inline int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptCon
         case Tensor::ln1_stats:
             return bytes_of<NormStatistics>(N);
         case Tensor::qkv_weights:
-            return bytes_of<QkvWeights<floatX>>(g);
+            return bytes_of<MovedWeights<floatX>>(g);
         case Tensor::d_qkv_weights:
-            return bytes_of<QkvWeights<floatS>>(g);
+            return bytes_of<MovedWeights<floatS>>(g);
         case Tensor::post:
             return bytes_of<PostActivations>(N, g);
         case Tensor::d_post:
