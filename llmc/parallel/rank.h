@@ -66,11 +66,7 @@ struct RankOptions {
             name += ", folds " + std::to_string(layout.folds) + (layout.helix.move_qkv ? "" : ", QKV move off");
         return name;
     }
-    TensorRules tensor_rules(bool training) const {
-        const bool apart = layout.ranks > 1 && layout.schedule == "helix";
-        return {int(model.layers), training, recompute, apart,
-                apart ? layout.helix : HelixOptions{false, false, false, false}};
-    }
+    TensorRules tensor_rules(bool training) const;
     // The rank that runs a part of the model on a chunk; for chunk 0 it owns its parameters.
     int owner(Part part, int layer, int chunk = 0) const {
         if (layout.ranks == 1) return 0;
@@ -130,6 +126,14 @@ inline std::string why_not_cudnn([[maybe_unused]] const RankOptions& o) {
 #else
     return "on the CPU";
 #endif
+}
+
+inline TensorRules RankOptions::tensor_rules(bool training) const {
+    TensorRules rules{int(model.layers), training, recompute};
+    rules.apart = layout.ranks > 1 && layout.schedule == "helix";
+    if (rules.apart) rules.helix = layout.helix;
+    if (why_not_cudnn(*this).empty()) rules.output_sent_again = Tensor::attention_out;
+    return rules;
 }
 
 // Scratch of the kernels, the largest need of any of them; ops run one at a time.
