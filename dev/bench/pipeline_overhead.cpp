@@ -76,7 +76,7 @@ template <class OpSeconds>
 double simulated_bubble(const RankOptions& options, int chunks, const OpSeconds& op_seconds) {
     const ScheduleInput in = options.schedule_input(chunks, true, false);
     const OpLists lists = find_schedule(options.layout.schedule)->lists(in);
-    const Timeline timeline = simulate(lists, in, op_seconds, [](const Op&) { return 0.0; });
+    const Timeline timeline = simulate(lists, in, op_seconds, [](const Op&, int) { return 0.0; });
     return timeline.mean_bubble() / timeline.makespan;
 }
 

@@ -185,18 +185,18 @@ inline int plan_command(const Config& c, const RankOptions& options) {
         return 0;
     }
 
-    OpTimes op_times{{}, 2, step.rules()};
+    Timeline timeline;
     std::string times = "forward " + c.plan.times + " ms for pre, attention, post";
+    const auto free = [](const Op&, int) { return 0.0; };
     if (const std::vector<double> given = forward_times(c.plan.times); !given.empty()) {
-        op_times.forward.assign(size_t(chunks), {given[0], given[1], given[2]});
+        const OpTimes op_times{{given[0], given[1], given[2]}, step.rules()};
+        timeline = simulate(step.lists, step.input, op_times, free);
     } else {
-        const int threads = c.threads();
-        const double gflops = measure_matrix_peak(threads);
-        op_times.forward = arithmetic_times(options.model, step.chunks, step.rules(), 1e6 * gflops);
-        op_times.attention_backward = 2.5;  // five products for two: scores are computed again
+        const double gflops = measure_matrix_peak(c.threads());
+        const OpCosts costs(cluster_of_rate(gflops), sizes_of<BuildTypes>(), options.model, step.chunks, step.rules());
+        timeline = simulate(step.lists, step.input, costs, free);
         times = format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak)";
     }
-    const Timeline timeline = simulate(step.lists, step.input, op_times, [](const Op&) { return 0.0; });
     const Picture picture{printed("%s, ranks %d, layers %d, chunks %d", step.options.schedule_name().c_str(),
                                   step.input.ranks, step.input.layers, chunks),
                           planned_events(step.lists, timeline, [&](const Op& op) { return step.message_bytes(op); })};

@@ -148,7 +148,7 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
     }
     if (!problems.empty()) return problems;
 
-    const auto zero = [](const Op&) { return 0.0; };
+    const auto zero = [](const Op&, int = 0) { return 0.0; };
     const std::vector<size_t> stopped = simulate(lists, in, zero, zero, waiting).stopped;
     for (int r = 0; r < ranks; ++r)
         if (const std::vector<Op>& list = lists[size_t(r)]; stopped[size_t(r)] < list.size())
