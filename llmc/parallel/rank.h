@@ -26,6 +26,7 @@ struct Layout {
     int folds = 2;                  // helix
     int virtual_stages = 0;         // interleaved; 0: as many as there are layers for
     HelixOptions helix = {};
+    int round_chunks = 0;                // helix: chunks of a round, 0 = all of the step
     int max_chunks = 1, min_chunks = 1;  // of a training step
 };
 
@@ -56,14 +57,15 @@ struct RankOptions {
                       : layout.virtual_stages          ? std::min(layout.virtual_stages, most)
                                                        : most;
         const bool spread_head = layout.ranks > 1 && layout.schedule == "helix" && layout.helix.spread_head;
-        return {layout.ranks, L, chunks, layout.folds, v, training, spread_head, sliced};
+        return {layout.ranks, L, chunks, layout.folds, v, training, spread_head, sliced, layout.round_chunks};
     }
     std::string schedule_name() const {
         std::string name = layout.ranks == 1 ? "accumulate" : layout.schedule;
         if (name == "interleaved")
             name += ", virtual stages " + std::to_string(schedule_input(1, true, false).virtual_stages);
         if (name == "helix")
-            name += ", folds " + std::to_string(layout.folds) + (layout.helix.move_qkv ? "" : ", QKV move off");
+            name += ", folds " + std::to_string(layout.folds) + (layout.helix.move_qkv ? "" : ", QKV move off") +
+                    (layout.round_chunks ? ", rounds of " + std::to_string(layout.round_chunks) : "");
         return name;
     }
     TensorRules tensor_rules(bool training) const;

@@ -237,10 +237,13 @@ public:
                                                    mlp_chunk, head_chunk),
                                            chunk, double(g.channels * sizes.x));
                 };
-                add();
-                if (!block) continue;
-                op.split = true, add();
-                op.split = false, op.pass = Pass::W, add();
+                const Pass pass = op.pass;
+                for (const bool keeps : {false, true}) {
+                    op.keeps = keeps, op.pass = pass, add();
+                    if (!block) continue;
+                    op.split = true, add();
+                    op.split = false, op.pass = Pass::W, add();
+                }
             }
         }
     }
@@ -260,16 +263,16 @@ private:
     Cluster cluster_;
     int layers_;
     std::vector<size_t> kind_of_;  // [chunk]
-    std::vector<double> times_;    // [kind][layer + 1][part][pass][split]
+    std::vector<double> times_;    // [kind][layer + 1][part][pass][split][keeps]
     std::vector<int64_t> bytes_;
 
-    size_t ops_of_kind() const { return size_t(layers_ + 1) * 5 * 3 * 2; }
+    size_t ops_of_kind() const { return size_t(layers_ + 1) * 5 * 3 * 2 * 2; }
     size_t index(const Op& op) const {
         return kind_of_[size_t(op.chunk)] * ops_of_kind() +
-               ((size_t(op.layer + 1) * 5 + size_t(op.part)) * 3 + size_t(op.pass)) * 2 + op.split;
+               (((size_t(op.layer + 1) * 5 + size_t(op.part)) * 3 + size_t(op.pass)) * 2 + op.split) * 2 + op.keeps;
     }
     size_t message_index(Op op) const {  // no message is split, and no time depends on weights
-        op.split = op.weights;
+        op.split = op.weights, op.keeps = false;
         return index(op);
     }
 

@@ -35,17 +35,21 @@ struct Plan {
     std::vector<PlannedTensor> tensors = {};
     ArenaSize size = {};
 
+    // The bytes alive at each op.
+    std::vector<int64_t> live_bytes() const {
+        std::vector<int64_t> live(ops.size() + 1);
+        for (const PlannedTensor& t : tensors) {
+            live[size_t(t.life.first)] += round_up(t.life.bytes, arena_alignment);
+            live[size_t(t.life.last) + 1] -= round_up(t.life.bytes, arena_alignment);
+        }
+        std::partial_sum(live.begin(), live.end(), live.begin());
+        return live;
+    }
+
     // The bytes of each tensor at the op where most are alive; they add up to size.live_peak.
     std::map<Tensor, int64_t> bytes_at_peak() const {
-        std::vector<int64_t> change(ops.size() + 1);
-        for (const PlannedTensor& t : tensors) {
-            change[size_t(t.life.first)] += round_up(t.life.bytes, arena_alignment);
-            change[size_t(t.life.last) + 1] -= round_up(t.life.bytes, arena_alignment);
-        }
-        int peak = -1;
-        int64_t live = 0;
-        for (size_t i = 0; i < change.size() && peak < 0; ++i)
-            if ((live += change[i]) == size.live_peak) peak = int(i);
+        const std::vector<int64_t> live = live_bytes();
+        const int peak = int(std::max_element(live.begin(), live.end()) - live.begin());
         std::map<Tensor, int64_t> bytes;
         for (const PlannedTensor& t : tensors)
             if (t.life.first <= peak && peak <= t.life.last) bytes[t.tensor] += round_up(t.life.bytes, arena_alignment);

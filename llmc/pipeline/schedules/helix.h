@@ -22,11 +22,27 @@
 
 #include "llmc/pipeline/schedules/slots.h"
 
+// A round: consecutive chunks that run forward and then backward by themselves. The schedule within is that of a step
+// with so many chunks.
+struct HelixRound {
+    int first;         // chunk
+    ScheduleInput in;  // of the round
+};
+
+inline HelixRound helix_round(const ScheduleInput& in, int chunk) {
+    HelixRound round{0, in};
+    if (in.round_chunks == 0) return round;
+    round.first = chunk / in.round_chunks * in.round_chunks;
+    round.in.chunks = std::min(in.round_chunks, in.chunks - round.first);
+    return round;
+}
+
 struct HelixPlace {
     int group, offset, fold;
 };
 
-// A last group that is not full takes all offsets of fold 0 first, so that the ranks still share its attentions.
+// Of a chunk of a round. A last group that is not full takes all offsets of fold 0 first, so that the ranks still share
+// its attentions.
 inline HelixPlace helix_place(const ScheduleInput& in, int chunk) {
     const int p = in.ranks, group = chunk / (p * in.folds), n = chunk % (p * in.folds);
     if ((group + 1) * p * in.folds <= in.chunks) return {group, n / in.folds, n % in.folds};
@@ -43,7 +59,10 @@ inline int helix_chunk(const ScheduleInput& in, HelixPlace at) {
 inline int helix_owner(const ScheduleInput& in, Part part, int layer, int chunk) {
     if (in.spread_head && (part == Part::head || (part == Part::post && layer == in.layers - 1)))
         part = Part::attention, layer = in.layers - 1;
-    if (part == Part::attention) return (layer + helix_place(in, chunk).offset + 1) % in.ranks;
+    if (part == Part::attention) {
+        const HelixRound round = helix_round(in, chunk);
+        return (layer + helix_place(round.in, chunk - round.first).offset + 1) % in.ranks;
+    }
     return Chain{in.layers, in.training}.block(part, layer) % in.ranks;
 }
 
@@ -53,9 +72,10 @@ inline int helix_forward_end(const ScheduleInput& in) {
     return in.training ? chain.head() - in.spread_head : chain.length();
 }
 
-// The forward slots of a rank. If p divides L, the ring of blocks closes: rank 0 runs the last as well as the first, a
+// The forward slots of a rank in a round. If p divides L, the ring of blocks closes: rank 0 runs the last as well as the first, a
 // slot of block L goes on with block 0 of the next group, and all groups are one phase. If not, each group is a phase.
-inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
+inline std::vector<Phase> helix_forward(const HelixRound& round, int rank) {
+    const ScheduleInput& in = round.in;
     const int p = in.ranks, L = in.layers, F = in.folds;
     const int groups = int(ceil_div(in.chunks, p * F));
     const bool closed = L % p == 0;
@@ -74,7 +94,7 @@ inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
                     if (chunk >= in.chunks) break;
                     int n = from;
                     for (; n < end; ++n) {
-                        const Op op = chain.op(n, chunk);
+                        const Op op = chain.op(n, round.first + chunk);
                         if (helix_owner(in, op.part, op.layer, chunk) != rank) break;
                         slot.ops.push_back(op);
                     }
@@ -145,9 +165,15 @@ inline void mark_weights(const ScheduleInput& in, int rank, std::vector<Op>& lis
 inline OpLists helix_schedule(const ScheduleInput& in) {
     OpLists lists;
     for (int rank = 0; rank < in.ranks; ++rank) {
-        std::vector<Phase> phases = helix_forward(in, rank);
-        if (in.training)
-            for (Phase& phase : helix_backward(in, phases)) phases.push_back(std::move(phase));
+        std::vector<Phase> phases;
+        for (int first = 0; first < in.chunks;) {
+            const HelixRound round = helix_round(in, first);
+            const std::vector<Phase> forward = helix_forward(round, rank);
+            phases.insert(phases.end(), forward.begin(), forward.end());
+            if (in.training)
+                for (Phase& phase : helix_backward(in, forward)) phases.push_back(std::move(phase));
+            first += round.in.chunks;
+        }
         lists.push_back(post_exchanges(rank, phases, in,
                                        [&](const Op& op) { return helix_owner(in, op.part, op.layer, op.chunk); }));
         mark_weights(in, rank, lists.back());
