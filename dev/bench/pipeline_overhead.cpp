@@ -98,7 +98,7 @@ Measured run_steps(const Workload& work, Recompute recompute, const Pipeline& pi
             const double ops_start = seconds_now();
             double loss = run_ops(rank, plan, step, floatS(1.0 / double(step.targets)));
             const double ops_end = seconds_now();
-            sum_tied_gradients(rank);
+            sum_shared_gradients(rank);
             transport.sum({&loss, 1});
             const double norm = gradient_norm(rank);
             update_parameters(rank, {1e-4, 0.9, 0.95, 1e-8, 0.1, n + 1, norm > 1 ? 1 / norm : 1});

@@ -50,7 +50,7 @@ int main(int argc, char** argv) {
         const ScheduleInput in{64, 128, 128, 2, std::string(name) == "interleaved" ? 2 : 1};
         const OpLists lists = find_schedule(name)->lists(in);
         const GptConfig g{128, 4096, 32, 131072, 50257, 50304};
-        const TensorRules rules{128, true, Recompute::none, std::string(name) == "helix", std::string(name) == "helix"};
+        const TensorRules rules{128, true, Recompute::none, std::string(name) == "helix"};
         std::vector<double> seconds;
         for (int round = 0; round < rounds; ++round)
             seconds.push_back(seconds_of([&] {

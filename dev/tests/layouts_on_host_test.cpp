@@ -17,8 +17,8 @@ TEST(LayoutsOnHost, AgreeWithOneRank) {
                                 .ranks = 2 + n % 2,
                                 .layers = 3,
                                 .chunks = 4,
-                                .move_qkv = n < 6,
-                                .recompute = Recompute(n % 3),
+                                .helix = {n < 6, n < 6, n < 6, n < 6},
+                                .recompute = Recompute(n % 4),
                                 .documents = true,
                                 .tied = n % 2 == 0,
                                 .mlp_chunk = n % 2 ? 5 : 0};

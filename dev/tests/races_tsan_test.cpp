@@ -14,7 +14,8 @@ TEST(Races, NoneUnderAnySchedule) {
     int layouts = 0;
     for (const char* schedule : {"gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "helix"})
         for (const bool move : {true, false})
-            for (const Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full}) {
+            for (const int mode : {0, 1, 2, 3}) {
+                const Recompute recompute = recompute_with({move, move, move, move}, mode);
                 const bool helix = std::string(schedule) == "helix";
                 if (!helix && !move) continue;
                 const LayoutCase layout{.schedule = schedule,
@@ -22,7 +23,7 @@ TEST(Races, NoneUnderAnySchedule) {
                                         .ranks = 3,
                                         .layers = 4,
                                         .chunks = 7,
-                                        .move_qkv = move,
+                                        .helix = {move, move, move, move},
                                         .recompute = recompute,
                                         .documents = layouts % 2 == 1,
                                         .tied = true};

@@ -20,7 +20,8 @@ OpLists lists_of(const std::string& name, const ScheduleInput& in) { return find
 std::string describe(const std::string& name, const ScheduleInput& in) {
     return name + " p=" + std::to_string(in.ranks) + " L=" + std::to_string(in.layers) +
            " m=" + std::to_string(in.chunks) + " F=" + std::to_string(in.folds) +
-           " v=" + std::to_string(in.virtual_stages) + (in.training ? "" : " forward only");
+           " v=" + std::to_string(in.virtual_stages) + (in.spread_head ? " spread head" : "") +
+           (in.training ? "" : " forward only");
 }
 
 // The seed of everything random, printed; another one with SEED=n.
@@ -338,7 +339,7 @@ TEST(Check, RefusesWrongPlans) {
 // The bubble without communication where a closed form is exact, negative elsewhere.
 double closed_form(const std::string& name, const ScheduleInput& in, const Times& t) {
     const int p = in.ranks, L = in.layers, m = in.chunks, F = in.folds, v = in.virtual_stages;
-    if (p < 2 || L % p != 0 || !in.training) return -1;
+    if (p < 2 || L % p != 0 || !in.training || in.spread_head) return -1;
     const double layers = L / p, blocks = t.pre + t.post;
     const double forward = layers * (blocks + t.attention);
     const double backward = layers * ((t.recompute ? 2 : 1) * blocks + 2 * t.attention), weights = layers * blocks;
@@ -395,6 +396,7 @@ std::string try_instance(unsigned seed, int number, std::map<std::string, Counts
             times = {0, times.attention + times.post, times.post, times.recompute};
         ScheduleInput mine = in;
         if (name != "interleaved") mine.virtual_stages = 1;
+        mine.spread_head = name == "helix" && random(0, 1) == 1;
         const std::string what = describe(name, mine) + " times " + std::to_string(times.pre) + " " +
                                  std::to_string(times.attention) + " " + std::to_string(times.post) +
                                  (times.recompute ? " recompute: " : ": ");

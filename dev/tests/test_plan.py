@@ -19,8 +19,12 @@ def run(*arguments, check=0, **environment):
     return done.stdout if check == 0 else done.stderr
 
 
+AS_PUBLISHED = ["--qkv-move", "on", "--norm-move", "off", "--spread-head", "off"]  # HelixPipe
+
+
 def flags(schedule, p=4, L=8, m=8, *more):
     name, _, folds = schedule.partition(" ")
+    more = (*(AS_PUBLISHED if name == "helix" else []), *more)
     return ["--model", "tiny", "--schedule", name, "--ranks", p, "--layers", L, "--chunks", m,
             *(["--folds", folds] if folds else []), *more]
 
@@ -92,7 +96,7 @@ def test_json_is_the_whole_plan(schedule):
 def test_bytes_of_the_messages(move):
     N, C = 256, 192  # of `tiny`, elements of 4 bytes
     found = plan(*flags("helix 2"), "--qkv-move", move)
-    weights = 3 * C * C + 3 * C
+    weights = 3 * C * C + 3 * C + 2 * C  # for queries, keys and values, and those of the LayerNorm
     x = 2 * N * C + weights if move == "on" else 4 * N * C
     expected = {"X": 4 * x, "Y": 4 * 2 * N * C, "dY": 4 * 2 * N * C, "dX": 4 * x}
     assert {op["op"]: op["bytes"] for ops in found["ops"] for op in ops if op["kind"] != "compute"} == expected
@@ -156,18 +160,19 @@ def test_named_bytes_add_up():
 
 def test_memory_of_all_schedules():
     p, m = 4, 8
-    text = run(*flags("1f1b", p, 8, m), "--print", "memory", "--context", 16384)
+    text = run(*flags("helix 2", p, 8, m), "--print", "memory", "--context", 16384)
     rows = {line[:60].split("  ")[1].strip(): [float(x) for x in line.split()[-3:]] for line in text.splitlines()[3:]}
-    assert len(rows) == 6 * 3
+    assert len(rows) == 6 * 4 - 1  # as published, helix cannot recompute as little as `elementwise`
     for name, (first, last, most) in rows.items():
         assert most >= max(first, last) > 0, name
     # In elements by token, channel, chunk and layer: about 17 where nothing is recomputed, of the chunks alive.
     assert rows["gpipe, recompute none"] == pytest.approx([17] * 3, rel=0.05)
     first, last, most = rows["1f1b, recompute none"]
     assert first == most == pytest.approx(17 * p / m, rel=0.05) and last < first / 3
-    # HelixPipe is even over the ranks: 17, and 4 with recomputation without attention; blocks 0 and L hold a little more.
-    assert rows["helix, folds 2, recompute none"] == pytest.approx([17.5] * 3, rel=0.06)
-    first, last, most = rows["helix, folds 2, recompute without-attention"]
+    # HelixPipe as published is even over the ranks: 17, and 4 with recomputation without attention; blocks 0 and L hold
+    # a little more.
+    assert rows["helix, folds 2, as published, recompute none"] == pytest.approx([17.5] * 3, rel=0.06)
+    first, last, most = rows["helix, folds 2, as published, recompute without-attention"]
     assert 4 < last <= most < 5.3
     assert "cannot run the slices" in run(*flags("gpipe"), "--print", "memory", "--chunk-tokens", 128)
 
@@ -232,7 +237,8 @@ def test_all_schedules_on_a_cluster(tmp_path):
     assert f"{fitting[0]['step_ms'] / 1e3:.4g}" in table.splitlines()[6]
     best = json.loads(run("--cluster", cluster_file(tmp_path), "--model", "gpt3:c2048", "--context", 16384, "--chunks", 8,
                           "--schedule", fitting[0]["schedule"].split(",")[0], "--recompute", fitting[0]["recompute"],
-                          *(["--folds", fitting[0]["schedule"][-1]] if "folds" in fitting[0]["schedule"] else []), "--json"))
+                          *(["--folds", fitting[0]["schedule"][13]] if "folds" in fitting[0]["schedule"] else []),
+                          *(AS_PUBLISHED if "published" in fitting[0]["schedule"] else []), "--json"))
     assert best["step_ms"] == pytest.approx(fitting[0]["step_ms"])
     run("--cluster", cluster_file(tmp_path), "--model", "gpt3:c2048", "--context", 16384, "--chunks", 8, "--draw", tmp_path / "a.svg")
     assert "MFU" not in (tmp_path / "a.svg").read_text()
@@ -258,8 +264,8 @@ def test_memory_and_links_decide(tmp_path):
 def test_published_result():
     """HelixPipe, 7B, 128k tokens, 64 H20: 26 % faster than the better of 1F1B and ZB1P."""
     found = json.loads(run("--cluster", "h20x64", "--model", "helixpipe:7b", "--chunks", 16, "--print", "all", "--json"))
-    ms = {(p["schedule"], p["recompute"]): p["step_ms"] for p in found["plans"]}
-    helix = ms["helix, folds 2", "without-attention"]
+    ms = {(p["schedule"], p["recompute"]): p["step_ms"] for p in found["plans"] if "step_ms" in p}
+    helix = ms["helix, folds 2, as published", "without-attention"]
     print("1f1b", ms["1f1b", "none"] / helix, "zb-h1", ms["zb-h1", "none"] / helix)
     assert 1.22 < ms["1f1b", "none"] / helix < 1.30 and 1.20 < ms["zb-h1", "none"] / helix < 1.30
 
@@ -337,7 +343,7 @@ def test_one_rank_and_slices():
     assert (found["schedule"], found["chunks"], found["bubble"]) == ("accumulate", 4, 0)
     found = plan(*flags("gpipe", 2, 4, 5), "--chunk-tokens", 128)
     assert found["chunks"] == 5 and len(found["ops"]) == 2
-    assert run("--model", "tiny", "--print", "memory").count("accumulate") == 3
+    assert run("--model", "tiny", "--print", "memory").count("accumulate") == 4
 
 
 @pytest.mark.parametrize("arguments, words", [

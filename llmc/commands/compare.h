@@ -54,7 +54,9 @@ struct Comparison {
         return size_t(std::max_element(plans.begin(), plans.end(), shorter) - plans.begin());
     }
 
-    std::string name(size_t i) const { return plans[i].name + ", recompute " + recompute_name(plans[i].recompute); }
+    std::string name(size_t i) const {
+        return plans[i].name + ", recompute " + recompute_names[int(plans[i].recompute)];
+    }
     // Sentences about rates that change the order.
     std::vector<std::string> sensitivity() const {
         std::vector<std::string> sentences;
@@ -94,13 +96,13 @@ inline std::string comparison_text(const Comparison& comparison, const RankOptio
         if (!plan.fits()) refused += "  " + comparison.name(i) + ": " + plan.refusal + "\n";
         if (!plan.step) continue;
         const StepWorth worth = worth_of(comparison.cluster, *plan.step, plan.step_ms);
-        rows.push_back({(plan.fits() ? "" : "(") + plan.name + (plan.fits() ? "" : ")"), recompute_name(plan.recompute),
-                        format("%.4g", 1e-3 * plan.step_ms), format("%.0f", worth.tokens_per_second),
-                        format("%.1f %%", 100 * plan.bubble), format("%.1f %%", 100 * plan.exposed_ms / plan.step_ms),
-                        format("%.1f %%", 100 * worth.mfu), worth.dollars > 0 ? format("%.0f", worth.dollars) : "-",
-                        gb(plan.bytes.model), gb(plan.bytes.activations), gb(plan.bytes.workspace),
-                        gb(plan.bytes.total()), std::to_string(plan.largest),
-                        plan.longest_context ? tokens_text(plan.longest_context) : "-"});
+        rows.push_back({(plan.fits() ? "" : "(") + plan.name + (plan.fits() ? "" : ")"),
+                        recompute_names[int(plan.recompute)], format("%.4g", 1e-3 * plan.step_ms),
+                        format("%.0f", worth.tokens_per_second), format("%.1f %%", 100 * plan.bubble),
+                        format("%.1f %%", 100 * plan.exposed_ms / plan.step_ms), format("%.1f %%", 100 * worth.mfu),
+                        worth.dollars > 0 ? format("%.0f", worth.dollars) : "-", gb(plan.bytes.model),
+                        gb(plan.bytes.activations), gb(plan.bytes.workspace), gb(plan.bytes.total()),
+                        std::to_string(plan.largest), plan.longest_context ? tokens_text(plan.longest_context) : "-"});
     }
     const GptConfig& g = base.model;
     std::string text =
@@ -129,7 +131,7 @@ inline std::string comparison_json(const Comparison& comparison, const RankOptio
     for (size_t i : comparison.shown) {
         const ComparedPlan& plan = comparison.plans[i];
         nlohmann::json row = {
-            {"schedule", plan.name}, {"recompute", recompute_name(plan.recompute)}, {"fits", plan.fits()}};
+            {"schedule", plan.name}, {"recompute", recompute_names[int(plan.recompute)]}, {"fits", plan.fits()}};
         if (!plan.fits()) row["reason"] = plan.refusal;
         if (plan.step) {
             const StepWorth worth = worth_of(comparison.cluster, *plan.step, plan.step_ms);

@@ -81,7 +81,7 @@ inline std::string memory_text(RankOptions options, int chunks) {
     std::vector<Schedule> all = schedules();
     if (p == 1) all.resize(1);  // a rank by itself accumulates
     for (const Schedule& schedule : all)
-        for (const Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full}) {
+        for (const Recompute recompute : recompute_modes) {
             options.layout.schedule = schedule.name;
             options.layout.virtual_stages = schedule.name == "interleaved" ? wanted_stages : 0;
             options.recompute = recompute;
@@ -90,7 +90,7 @@ inline std::string memory_text(RankOptions options, int chunks) {
             std::string name;
             try {
                 const PlannedStep step(options, chunks);
-                name = step.options.schedule_name() + ", recompute " + recompute_name(recompute);
+                name = step.options.schedule_name() + ", recompute " + recompute_names[int(recompute)];
                 for (int r = 0; r < p; ++r) {
                     const Plan plan = step.plan_of(r);
                     bytes.push_back(plan.size.bytes);
@@ -154,7 +154,8 @@ inline int plan_command(const Config& c, RankOptions options) {
     }
     std::optional<Comparison> comparison;
     if (cluster && (!c.is_given("schedule") || c.parallel.schedule == "auto")) {
-        const OpenChoices open{true, !c.is_given("recompute"), !c.is_given("folds"), !c.is_given("virtual-stages")};
+        const OpenChoices open{true, !c.is_given("recompute"), !c.is_given("folds"), !c.is_given("virtual-stages"),
+                               !c.is_given("qkv-move") && !c.is_given("norm-move") && !c.is_given("spread-head")};
         comparison.emplace(*cluster, options, chunks, open, c.plan.print == "all");
         if (c.plan.print != "ops" && c.plan.draw.empty()) {
             const auto text = c.json ? comparison_json : comparison_text;

@@ -53,7 +53,7 @@ struct Config {
         int64_t ranks = 1;
         std::string schedule = "1f1b";
         int64_t folds = 2, virtual_stages = 0;
-        std::string qkv_move = "on";
+        std::string qkv_move = "once", norm_move = "on", spread_head = "on";
         int64_t hang_timeout = 600;  // seconds
     } parallel;
     struct {
@@ -200,7 +200,7 @@ inline const std::vector<Flag>& flag_table() {
          "a loss or gradient is not finite: stop, or skip the update", {.choices = "stop|skip"}},
 
         {"recompute", TRAIN | PLAN, IN(compute, recompute),
-         "what the backward pass recomputes to save memory", {.choices = "none|without-attention|full"}},
+         "what the backward pass recomputes to save memory", {.choices = "none|elementwise|without-attention|full"}},
         {"mlp-chunk", TRAIN | EVAL | PLAN, IN(compute, mlp_chunk),
          "tokens the MLP works on at once, 0 = the whole chunk", count},
         {"head-chunk", TRAIN | EVAL | PLAN, IN(compute, head_chunk),
@@ -225,7 +225,14 @@ inline const std::vector<Flag>& flag_table() {
         {"virtual-stages", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, virtual_stages),
          "interleaved: stages a rank, 0 = as many as there are layers for", {0, 10000}},
         {"qkv-move", TRAIN | PLAN, IN(parallel, qkv_move),
-         "helix: send weights for queries, keys and values, not the products", {.choices = "on|off"}},
+         "helix: send weights for queries, keys and values, not the products: once a step, with every chunk, or off",
+         {.choices = "once|on|off"}},
+        {"norm-move", TRAIN | PLAN, IN(parallel, norm_move),
+         "helix: the LayerNorm before them runs with the attention, too, which halves what is kept",
+         {.choices = "on|off"}},
+        {"spread-head", TRAIN | EVAL | PLAN, IN(parallel, spread_head),
+         "helix: every rank runs the last post and the head for the chunks whose last attention it ran",
+         {.choices = "on|off"}},
         {"hang-timeout", TRAIN | GENERATE | EVAL, IN(parallel, hang_timeout),
          "seconds after which a rank that does not go on is given up, before op times are known", {1, 1 << 30}},
 

@@ -60,13 +60,26 @@ struct NormStatisticsOf {
 };
 using NormStatistics = NormStatisticsOf<BuildTypes>;
 
-// Weights (floatX) for queries, keys and values as they travel to an attention, or their gradients (floatS) back.
+// The weights of pre_attention (floatX) as they travel to an attention, or their gradients (floatS) back. Those of the
+// LayerNorm count only where it moves, too.
 template <class T>
-struct QkvWeights {
-    T *weight, *bias;  // [3C, C], [3C]
-    QkvWeights(T* weight, T* bias) : weight(weight), bias(bias) {}
-    QkvWeights(Allocator& a, const GptConfig& g)
-        : weight(a.take<T>(3 * g.channels * g.channels)), bias(a.take<T>(3 * g.channels)) {}
+struct MovedWeights {
+    LayerTensors<T> tensors{};
+    MovedWeights(Allocator& a, const GptConfig& g) {
+        tensors.ln1_weight = a.take<T>(g.channels);
+        tensors.ln1_bias = a.take<T>(g.channels);
+        tensors.qkv_weight = a.take<T>(3 * g.channels * g.channels);
+        tensors.qkv_bias = a.take<T>(3 * g.channels);
+    }
+};
+
+// What post_attention keeps where LayerNorm and GELU are recomputed.
+template <class Types>
+struct PostProductsOf {
+    Matrix<typename Types::R> residual;  // [N, C], input of the second LayerNorm
+    Matrix<typename Types::X> fc;        // [N, 4C], before GELU
+    PostProductsOf(Allocator& a, int64_t N, const GptConfig& g)
+        : residual(a.take<typename Types::R>(N, g.channels)), fc(a.take<typename Types::X>(N, 4 * g.channels)) {}
 };
 
 template <class Types>
@@ -85,7 +98,11 @@ struct PostActivationsOf {
           rstd(a.take<S>(N)),
           fc(a.take<X>(N, 4 * g.channels)),
           gelu(a.take<X>(N, 4 * g.channels)) {}
+    // The others have no rows.
+    explicit PostActivationsOf(const PostProductsOf<Types>& products)
+        : residual(products.residual), mean(nullptr), rstd(nullptr), fc(products.fc) {}
 
+    bool has_all() const { return gelu.rows > 0; }
     PostActivationsOf row_range(int64_t begin, int64_t count) const {
         PostActivationsOf part = *this;
         part.residual = residual.row_range(begin, count);
@@ -97,6 +114,7 @@ struct PostActivationsOf {
         return part;
     }
 };
+using PostProducts = PostProductsOf<BuildTypes>;
 using PostActivations = PostActivationsOf<BuildTypes>;
 
 // What a split backward of post_attention leaves for the gradients of its weights: gradients of the layer's output, of

@@ -21,14 +21,10 @@ struct ComparedPlan {
     bool fits() const { return refusal.empty(); }
 };
 
-inline const char* recompute_name(Recompute recompute) {
-    static const char* const names[] = {"none", "without-attention", "full"};
-    return names[int(recompute)];
-}
-
 // What is left open: flags that the user has set stay as they are.
 struct OpenChoices {
     bool schedule = true, recompute = true, folds = true, virtual_stages = true;
+    bool helix = true;  // as configured, and as published
 };
 
 // Every layout to be compared; of interleaved those whose stages are even, and the most stages that there can be.
@@ -39,14 +35,22 @@ inline std::vector<RankOptions> layouts_to_compare(const RankOptions& base, cons
         RankOptions o = base;
         o.layout.schedule = schedule.name;
         const auto each_mode = [&] {
-            for (Recompute mode : {Recompute::none, Recompute::without_attention, Recompute::full}) {
+            for (Recompute mode : recompute_modes) {
                 if (!open.recompute && mode != base.recompute) continue;
                 o.recompute = mode;
                 all.push_back(o);
             }
         };
-        if (schedule.name == "helix" && open.folds) {
-            for (int folds : {1, 2}) o.layout.folds = folds, each_mode();
+        if (schedule.name == "helix") {
+            for (const bool published : {false, true}) {
+                if (published && (!open.helix || base.layout.helix.as_published())) break;
+                if (published) o.layout.helix = {true, false, false, false};
+                for (int folds : {1, 2}) {
+                    if (!open.folds && folds > 1) break;
+                    if (open.folds) o.layout.folds = folds;
+                    each_mode();
+                }
+            }
         } else if (schedule.name == "interleaved" && open.virtual_stages) {
             const int p = o.layout.ranks, L = int(o.model.layers), most = int(ceil_div(L, p));
             for (int v = 2; v <= most; ++v)

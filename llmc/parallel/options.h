@@ -10,8 +10,8 @@ inline GptConfig model_of(const Config& c) {
 }
 
 inline Recompute recompute_of(const Config& c) {
-    if (c.compute.recompute == "full") return Recompute::full;
-    return c.compute.recompute == "none" ? Recompute::none : Recompute::without_attention;
+    const auto name = std::find(std::begin(recompute_names), std::end(recompute_names), c.compute.recompute);
+    return Recompute(name - std::begin(recompute_names));
 }
 
 // The most chunks that a training step can have. A window is in one chunk or cut into even slices. Of documents that
@@ -33,8 +33,16 @@ inline RankOptions rank_options(const Config& c, const GptConfig& model, bool tr
                         c.compute.head_chunk,
                         c.threads(),
                         training,
-                        {int(parallel.ranks), rank, parallel.schedule, int(parallel.folds),
-                         int(parallel.virtual_stages), parallel.qkv_move == "on", most, least},
+                        {int(parallel.ranks),
+                         rank,
+                         parallel.schedule,
+                         int(parallel.folds),
+                         int(parallel.virtual_stages),
+                         {parallel.qkv_move != "off", parallel.qkv_move == "once",
+                          parallel.qkv_move != "off" && parallel.norm_move == "on", parallel.spread_head == "on"},
+                         0,
+                         most,
+                         least},
                         c.launch.ranks > 1 ? c.launch.local_rank : rank};
 #ifdef USE_CUDA
     options.deterministic = c.compute.deterministic;

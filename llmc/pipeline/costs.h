@@ -26,12 +26,12 @@ struct OpTimes {
         const double block = backward && !op.split ? 2 : 1;
         switch (op.part) {
             case Part::pre:
-                return block * t.pre + (recomputes && rules.apart && rules.move_qkv ? t.pre : 0);
+                return block * t.pre + (recomputes && rules.apart && rules.helix.move_qkv ? t.pre : 0);
             case Part::attention:
                 return (backward ? 2 : 1) * t.attention + (recomputes && full && rules.apart ? t.attention : 0) +
                        (recomputes && !full && !rules.apart ? t.pre : 0);
             case Part::post:
-                return block * t.post + (recomputes ? t.post : 0) +
+                return block * t.post + (op.pass != Pass::F && !rules.keeps_post(op.layer) ? t.post : 0) +
                        (backward && full && !rules.apart ? t.pre + t.attention : 0);
             default:
                 return 0;
@@ -154,7 +154,8 @@ inline OpWork op_work(const Op& op, const ChunkShape& shape, const ChunkWork& ch
     if (makes(Tensor::attention_out)) work.attention_forward += chunk.attention;
     if (makes(Tensor::d_qkv)) work.attention_backward += 2.5 * chunk.attention;
     if (op.part == Part::attention && op.pass == Pass::B) {
-        if (makes(Tensor::d_ln1)) product(qkv, 0, 1);
+        if (makes(Tensor::d_ln1) || makes(Tensor::d_residual)) product(qkv, 0, 1);
+        if (makes(Tensor::d_residual)) norm_backward();  // it has moved here with the products
         if (makes(Tensor::d_qkv_weights)) product(qkv, 0, 1);
     }
     if (op.part == Part::pre && op.pass == Pass::B) {
@@ -163,7 +164,9 @@ inline OpWork op_work(const Op& op, const ChunkShape& shape, const ChunkWork& ch
     }
     if (op.part == Part::pre && op.pass == Pass::W) product(qkv, 0, 1);
     if (op.part == Part::post) {
-        const bool recomputes = op.pass != Pass::F && !reads(Tensor::post);
+        const bool elementwise = op.pass != Pass::F && reads(Tensor::post_products);
+        const bool recomputes = op.pass != Pass::F && !elementwise && !reads(Tensor::post);
+        if (elementwise) work.bytes += N * C * (r + x) + 2 * N * 4 * C * x;  // LayerNorm, GELU
         if (op.pass == Pass::F || recomputes) hidden();
         if (op.pass == Pass::F) layer_output();
         if (op.pass == Pass::B) {
@@ -174,9 +177,11 @@ inline OpWork op_work(const Op& op, const ChunkShape& shape, const ChunkWork& ch
             }
             for (double weights : {fc, fc, proj}) product(weights, mlp_chunk, 1);
             norm_backward();
+            if (makes(Tensor::delta)) work.bytes += 2 * N * C * x;
             if (makes(Tensor::d_post)) work.bytes += 2 * N * C * (r + x);
         }
-        if (op.pass == Pass::W && recomputes) product(fc, mlp_chunk, 1);  // its gradient before GELU was not kept
+        if (op.pass == Pass::W && !rules.keeps_d_fc())
+            product(fc, mlp_chunk, 1);  // its gradient before GELU was not kept
         // The gradient of the output of a product is gathered for its input already, unless these run apart.
         const int again = op.pass == Pass::W;
         if (op.pass == Pass::W || (op.pass == Pass::B && !op.split)) {
@@ -220,19 +225,25 @@ public:
             times_.resize(works.size() * ops_of_kind()), bytes_.resize(times_.size());
             for (int n = 0; n < chain.length(); ++n) {
                 Op op = chain.op(n, int(c));
-                int64_t& bytes = bytes_[index(op)];
-                for (const Use& use : message_contents(op, rules))
-                    bytes += sizes.tensor(use.tensor, chunks[c], g, rules);
+                for (bool weights : {false, true}) {
+                    op.weights = weights;
+                    int64_t& bytes = bytes_[message_index(op)];
+                    for (const Use& use : message_contents(op, rules))
+                        bytes += sizes.tensor(use.tensor, chunks[c], g, rules);
+                }
                 const bool block = op.pass == Pass::B && (op.part == Part::pre || op.part == Part::post);
                 const auto add = [&] {
                     times_[index(op)] = ms(op_work(op, chunks[c], chunk, g, rules, sizes, cluster_.matrix_efficiency,
                                                    mlp_chunk, head_chunk),
                                            chunk, double(g.channels * sizes.x));
                 };
-                add();
-                if (!block) continue;
-                op.split = true, add();
-                op.split = false, op.pass = Pass::W, add();
+                const Pass pass = op.pass;
+                for (const bool keeps : {false, true}) {
+                    op.keeps = keeps, op.pass = pass, add();
+                    if (!block) continue;
+                    op.split = true, add();
+                    op.split = false, op.pass = Pass::W, add();
+                }
             }
         }
     }
@@ -240,7 +251,7 @@ public:
     double operator()(const Op& op) const { return times_[index(op)]; }
 
     // Bytes of a message, of all devices of the rank together.
-    int64_t message_bytes(const Op& op) const { return bytes_[index(op)]; }
+    int64_t message_bytes(const Op& op) const { return bytes_[message_index(op)]; }
 
     // How long a send of this rank takes: each device of the group sends its part to one of the other group.
     double message_ms(const Op& send, int rank) const {
@@ -252,13 +263,17 @@ private:
     Cluster cluster_;
     int layers_;
     std::vector<size_t> kind_of_;  // [chunk]
-    std::vector<double> times_;    // [kind][layer + 1][part][pass][split]
+    std::vector<double> times_;    // [kind][layer + 1][part][pass][split][keeps]
     std::vector<int64_t> bytes_;
 
-    size_t ops_of_kind() const { return size_t(layers_ + 1) * 5 * 3 * 2; }
+    size_t ops_of_kind() const { return size_t(layers_ + 1) * 5 * 3 * 2 * 2; }
     size_t index(const Op& op) const {
         return kind_of_[size_t(op.chunk)] * ops_of_kind() +
-               ((size_t(op.layer + 1) * 5 + size_t(op.part)) * 3 + size_t(op.pass)) * 2 + op.split;
+               (((size_t(op.layer + 1) * 5 + size_t(op.part)) * 3 + size_t(op.pass)) * 2 + op.split) * 2 + op.keeps;
+    }
+    size_t message_index(Op op) const {  // no message is split, and no time depends on weights
+        op.split = op.weights, op.keeps = false;
+        return index(op);
     }
 
     double ms(const OpWork& work, const ChunkWork& chunk, double row_bytes) const {

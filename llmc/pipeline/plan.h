@@ -35,17 +35,21 @@ struct Plan {
     std::vector<PlannedTensor> tensors = {};
     ArenaSize size = {};
 
+    // The bytes alive at each op.
+    std::vector<int64_t> live_bytes() const {
+        std::vector<int64_t> live(ops.size() + 1);
+        for (const PlannedTensor& t : tensors) {
+            live[size_t(t.life.first)] += round_up(t.life.bytes, arena_alignment);
+            live[size_t(t.life.last) + 1] -= round_up(t.life.bytes, arena_alignment);
+        }
+        std::partial_sum(live.begin(), live.end(), live.begin());
+        return live;
+    }
+
     // The bytes of each tensor at the op where most are alive; they add up to size.live_peak.
     std::map<Tensor, int64_t> bytes_at_peak() const {
-        std::vector<int64_t> change(ops.size() + 1);
-        for (const PlannedTensor& t : tensors) {
-            change[size_t(t.life.first)] += round_up(t.life.bytes, arena_alignment);
-            change[size_t(t.life.last) + 1] -= round_up(t.life.bytes, arena_alignment);
-        }
-        int peak = -1;
-        int64_t live = 0;
-        for (size_t i = 0; i < change.size() && peak < 0; ++i)
-            if ((live += change[i]) == size.live_peak) peak = int(i);
+        const std::vector<int64_t> live = live_bytes();
+        const int peak = int(std::max_element(live.begin(), live.end()) - live.begin());
         std::map<Tensor, int64_t> bytes;
         for (const PlannedTensor& t : tensors)
             if (t.life.first <= peak && peak <= t.life.last) bytes[t.tensor] += round_up(t.life.bytes, arena_alignment);
@@ -63,6 +67,7 @@ inline int64_t tensor_columns(Tensor tensor, const GptConfig& g) {
         case Tensor::d_store:
             return 2 * g.channels;
         case Tensor::lse:
+        case Tensor::delta:
             return g.heads;
         default:
             return g.channels;
@@ -85,6 +90,7 @@ int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g,
         case Tensor::d_ln1:
             return bytes_of<RowsTensor<typename Types::X>>(N, columns);
         case Tensor::lse:
+        case Tensor::delta:
             return bytes_of<RowsTensor<typename Types::S>>(N, columns);
         case Tensor::store:
             return bytes_of<RowsTensor<typename Types::X>>(shape.store_tokens, columns);
@@ -93,13 +99,15 @@ int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g,
         case Tensor::ln1_stats:
             return bytes_of<NormStatisticsOf<Types>>(N);
         case Tensor::qkv_weights:
-            return bytes_of<QkvWeights<typename Types::X>>(g);
+            return bytes_of<MovedWeights<typename Types::X>>(g);
         case Tensor::d_qkv_weights:
-            return bytes_of<QkvWeights<typename Types::S>>(g);
+            return bytes_of<MovedWeights<typename Types::S>>(g);
         case Tensor::post:
             return bytes_of<PostActivationsOf<Types>>(N, g);
+        case Tensor::post_products:
+            return bytes_of<PostProductsOf<Types>>(N, g);
         case Tensor::d_post:
-            return bytes_of<PostGradientsOf<Types>>(N, g, rules.recompute == Recompute::none);
+            return bytes_of<PostGradientsOf<Types>>(N, g, rules.keeps_d_fc());
     }
     throw std::logic_error("tensor of unknown kind");
 }
@@ -161,7 +169,7 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
                 plan.tensors.push_back({use.tensor, use.layer, use.owner, {bytes(use.tensor, shape, g, rules), i, i}});
             } else if (is_new) {
                 alive.erase(place);
-                if (use.tensor == Tensor::qkv_weights) continue;  // the rank's own
+                if (use.tensor == Tensor::qkv_weights || use.owner < 0) continue;  // the rank's own
                 throw std::logic_error("the schedule runs before its inputs exist: " + op_name(op));
             }
             live_until(place->second, i);
