@@ -151,25 +151,46 @@ inline std::string memory_text(RankOptions options, int chunks) {
            columns_text(rows) + refused;
 }
 
-inline std::string plan_json(const PlannedStep& step, const Timeline& timeline,
-                             const std::vector<std::vector<TraceEvent>>& events) {
+// A step as JSON, planned or rehearsed: its events [rank], in the order of the lists, and more about it.
+inline std::string step_json(const PlannedStep& step, const std::vector<std::vector<TraceEvent>>& events,
+                             nlohmann::json more = nlohmann::json::object()) {
     std::vector<int64_t> peak_bytes;
-    for (int r = 0; r < step.input.ranks; ++r) peak_bytes.push_back(step.plan_of(r).size.bytes);
     nlohmann::json ops = nlohmann::json::array();
-    for (const std::vector<TraceEvent>& list : events) {
+    for (int r = 0; r < step.input.ranks; ++r) {
+        peak_bytes.push_back(step.plan_of(r).size.bytes);
         ops.push_back(nlohmann::json::array());
-        for (const TraceEvent& event : list) ops.back().push_back(event_json(event));
+        for (const TraceEvent& event : events[size_t(r)]) ops.back().push_back(event_json(event));
     }
-    return json_text({{"schedule", step.input.ranks == 1 ? "accumulate" : step.options.layout.schedule},
-                      {"ranks", step.input.ranks},
-                      {"layers", step.input.layers},
-                      {"chunks", step.input.chunks},
-                      {"step_ms", timeline.makespan},
-                      {"bubble", timeline.mean_bubble() / timeline.makespan},
-                      {"busiest_bubble_ms", timeline.bubble()},
-                      {"peak_bytes", peak_bytes},
-                      {"ops", std::move(ops)}},
-                     -1);
+    const StepTimes times = step_times(events);
+    more.update({{"schedule", step.input.ranks == 1 ? "accumulate" : step.options.layout.schedule},
+                 {"ranks", step.input.ranks},
+                 {"layers", step.input.layers},
+                 {"chunks", step.input.chunks},
+                 {"step_ms", times.step},
+                 {"bubble", times.bubble},
+                 {"busiest_bubble_ms", times.step - times.busiest},
+                 {"peak_bytes", peak_bytes},
+                 {"ops", std::move(ops)}});
+    return json_text(more, -1);
+}
+
+// How long the ops of a step take, as the flags have it.
+struct PlannedTimes {
+    OpTimes ops;
+    std::string text;  // where they come from
+};
+
+// `gflops`: the measured peak of a rank; without --times it counts.
+inline PlannedTimes planned_times(const Config& c, const PlannedStep& step, double gflops) {
+    PlannedTimes times{{{}, 2, step.rules()}, "forward " + c.plan.times + " ms for pre, attention, post"};
+    if (const std::vector<double> given = forward_times(c.plan.times); !given.empty()) {
+        times.ops.forward.assign(step.chunks.size(), {given[0], given[1], given[2]});
+    } else {
+        times.ops.forward = arithmetic_times(step.options.model, step.chunks, step.rules(), 1e6 * gflops);
+        times.ops.attention_backward = 2.5;  // five products for two: scores are computed again
+        times.text = format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak)";
+    }
+    return times;
 }
 
 // `options` are those that training would have.
@@ -185,18 +206,8 @@ inline int plan_command(const Config& c, const RankOptions& options) {
         return 0;
     }
 
-    OpTimes op_times{{}, 2, step.rules()};
-    std::string times = "forward " + c.plan.times + " ms for pre, attention, post";
-    if (const std::vector<double> given = forward_times(c.plan.times); !given.empty()) {
-        op_times.forward.assign(size_t(chunks), {given[0], given[1], given[2]});
-    } else {
-        const int threads = c.threads();
-        const double gflops = measure_matrix_peak(threads);
-        op_times.forward = arithmetic_times(options.model, step.chunks, step.rules(), 1e6 * gflops);
-        op_times.attention_backward = 2.5;  // five products for two: scores are computed again
-        times = format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak)";
-    }
-    const Timeline timeline = simulate(step.lists, step.input, op_times, [](const Op&) { return 0.0; });
+    const PlannedTimes times = planned_times(c, step, c.plan.times.empty() ? measure_matrix_peak(c.threads()) : 0);
+    const Timeline timeline = simulate(step.lists, step.input, times.ops, [](const Op&) { return 0.0; });
     const Picture picture{printed("%s, ranks %d, layers %d, chunks %d", step.options.schedule_name().c_str(),
                                   step.input.ranks, step.input.layers, chunks),
                           planned_events(step.lists, timeline, [&](const Op& op) { return step.message_bytes(op); })};
@@ -208,7 +219,7 @@ inline int plan_command(const Config& c, const RankOptions& options) {
     } else if (!c.plan.draw.empty()) {
         write_file(c.plan.draw, svg_picture(picture));
     }
-    if (c.json) std::printf("%s\n", plan_json(step, timeline, picture.ranks).c_str());
-    else if (c.plan.draw.empty()) std::fputs(step_tables(step, timeline, times).c_str(), stdout);
+    if (c.json) std::printf("%s\n", step_json(step, picture.ranks).c_str());
+    else if (c.plan.draw.empty()) std::fputs(step_tables(step, timeline, times.text).c_str(), stdout);
     return 0;
 }

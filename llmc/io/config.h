@@ -25,7 +25,7 @@ inline void fill_config(Config& c) {
     const auto fill = [](auto& value, const auto& otherwise) {
         if (value == std::decay_t<decltype(value)>()) value = otherwise;
     };
-    if (c.command == "train" || c.command == "plan") {
+    if (c.command == "train" || c.command == "plan" || c.command == "rehearse") {
         const bool from_elsewhere = !c.run.init_from.empty();
         if (from_elsewhere && !c.is_given("model")) c.model.name = "custom";
         if (const Preset* preset = find_preset(c.model.name)) {
