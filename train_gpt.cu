@@ -60,18 +60,26 @@ struct OpTensors {
         Allocator at = place(Tensor::ln1_stats, layer);
         return {at, N};
     }
-    // Received ones; the rank's own where its pre_attention is here.
-    QkvWeights<floatX> qkv_weights(int layer) const {
-        if (!find(Tensor::qkv_weights, layer))
-            return {rank.w.layers[size_t(layer)].qkv_weight, rank.w.layers[size_t(layer)].qkv_bias};
+    // The weights of pre_attention and their gradients: where they are apart from it, else the rank's own.
+    LayerTensors<floatX> pre_weights(int layer) const {
+        if (!find(Tensor::qkv_weights, layer)) return rank.w.layers[size_t(layer)];
         Allocator at = place(Tensor::qkv_weights, layer);
-        return {at, rank.options.model};
+        return MovedWeights<floatX>(at, rank.options.model).tensors;
     }
-    QkvWeights<floatS> d_qkv_weights(int layer) const {
+    LayerTensors<floatS> d_pre_weights(int layer) const {
+        if (!find(Tensor::d_qkv_weights, layer)) return rank.dw.layers[size_t(layer)];
         Allocator at = place(Tensor::d_qkv_weights, layer);
-        return {at, rank.options.model};
+        return MovedWeights<floatS>(at, rank.options.model).tensors;
     }
 };
+
+// Those of them that travel with the products, as matrices of one row.
+template <class T>
+std::vector<Matrix<T>> moved_tensors(const LayerTensors<T>& t, const HelixOptions& helix, int64_t C) {
+    std::vector<Matrix<T>> list = {{t.qkv_weight, 1, 3 * C * C}, {t.qkv_bias, 1, 3 * C}};
+    if (helix.move_norm) list.insert(list.end(), {{t.ln1_weight, 1, C}, {t.ln1_bias, 1, C}});
+    return list;
+}
 
 // What a send or receive carries.
 void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
@@ -81,8 +89,7 @@ void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
         transfers.push_back({op.kind == Kind::send, op.peer, data, count * int64_t(sizeof(T))});
     };
     const auto append_weights = [&](const auto& weights) {
-        append(weights.weight, 3 * C * C);
-        append(weights.bias, 3 * C);
+        for (const auto& tensor : moved_tensors(weights, t.plan.rules.helix, C)) append(tensor.data, tensor.cols);
     };
     for (const Use& use : message_contents(op, t.plan.rules)) switch (use.tensor) {
             case Tensor::residual:
@@ -90,10 +97,13 @@ void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
                 append(t.rows<floatR>(use.tensor, use.layer).data, t.N * C);
                 break;
             case Tensor::qkv_weights:
-                append_weights(t.qkv_weights(use.layer));
+                append_weights(t.pre_weights(use.layer));
                 break;
             case Tensor::d_qkv_weights:
-                append_weights(t.d_qkv_weights(use.layer));
+                append_weights(t.d_pre_weights(use.layer));
+                break;
+            case Tensor::delta:
+                append(t.rows<floatS>(use.tensor, use.layer).data, t.N * t.rank.options.model.heads);
                 break;
             default:
                 append(t.rows<floatX>(use.tensor, use.layer).data,
@@ -108,6 +118,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const int l = op.layer, L = rules.layers;
     const int64_t C = rank.options.model.channels;
     const bool none = rules.recompute == Recompute::none, full = rules.recompute == Recompute::full;
+    const bool move = rules.helix.move_qkv, once = rules.helix.weights_once, norm = rules.helix.move_norm;
     const BlockContext ctx{
         rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
     const ChunkInputs& inputs = rank.inputs.chunks[size_t(op.chunk)];
@@ -122,8 +133,15 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const auto qkv = [&] { return t.rows<floatX>(Tensor::qkv, l); };
     const auto attention_out = [&] { return t.rows<floatX>(Tensor::attention_out, l); };
     const auto lse = [&] { return t.rows<floatS>(Tensor::lse, l); };
+    // Beside the attention: its LayerNorm, if that has moved there, and the products for queries, keys and values.
+    const auto moved_forward = [&] {
+        const LayerTensors<floatX> weights = t.pre_weights(l);
+        if (norm) pre_attention_forward(ctx, weights, ln1(), t.ln1_stats(l), qkv(), x(l));
+        else matmul_forward(rank.device, qkv(), ln1(), {weights.qkv_weight, 3 * C, C}, weights.qkv_bias);
+    };
+    const bool keeps_post = rules.keeps_post(l);
     const auto kept_post = [&]() -> std::optional<PostActivations> {
-        if (!rules.training || !none) return std::nullopt;
+        if (!rules.training || !keeps_post) return std::nullopt;
         Allocator at = t.place(Tensor::post, l);
         return PostActivations(at, t.N, rank.options.model);
     };
@@ -139,12 +157,8 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const auto d_x = [&] { return t.rows<floatR>(Tensor::d_residual, -1); };
     const auto d_attention = [&] { return t.rows<floatX>(Tensor::d_attention, l); };
     const auto pre_gradient = [&](int layer) {
-        if (rules.move_qkv) return PreGradient{{}, t.rows<floatX>(Tensor::d_ln1, layer)};
+        if (move) return PreGradient{{}, t.rows<floatX>(Tensor::d_ln1, layer)};
         return PreGradient{t.rows<floatX>(Tensor::d_qkv, layer), {}};
-    };
-    const auto multiply_moved_qkv = [&] {
-        const QkvWeights<floatX> weights = t.qkv_weights(l);
-        matmul_forward(rank.device, qkv(), ln1(), {weights.weight, 3 * C, C}, weights.bias);
     };
     floatS* losses = nullptr;
     if (observer && op.part == Part::head) {
@@ -157,11 +171,11 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 embed_forward(ctx, rank.w, x(0), inputs.rows);
                 break;
             case Part::pre:
-                pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l),
-                                      rules.move_qkv ? std::nullopt : std::optional(qkv()), x(l));
+                if (norm) break;
+                pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), move ? std::nullopt : std::optional(qkv()), x(l));
                 break;
             case Part::attention:
-                if (rules.move_qkv) multiply_moved_qkv();
+                if (move) moved_forward();
                 attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
                 break;
             case Part::post:
@@ -183,40 +197,46 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 std::optional<NextPre> next;
                 if (l + 1 < L && rules.one_block(l + 1))
                     next.emplace(rank.w.layers[size_t(l) + 1], rank.dw.layers[size_t(l) + 1], pre_gradient(l + 1));
-                post_attention_backward(ctx, w, dw, d_x(), d_attention(), kept_post(), none ? Matrix<floatR>() : x(l),
-                                        attention_out(), op.split ? std::optional(d_post()) : std::nullopt, next);
+                post_attention_backward(ctx, w, dw, d_x(), d_attention(), kept_post(),
+                                        keeps_post ? Matrix<floatR>() : x(l), attention_out(),
+                                        op.split ? std::optional(d_post()) : std::nullopt, next);
+                if (t.find(Tensor::delta, l))
+                    attention_delta(rank.device, t.rows<floatS>(Tensor::delta, l), d_attention(), attention_out());
                 break;
             }
             case Part::attention: {
-                if (!none && rules.move_qkv) multiply_moved_qkv();
+                if (!none && move) moved_forward();
                 if (full && rules.apart)
                     attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
                 if (!none && !full && !rules.apart) pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), qkv(), x(l));
                 const Matrix<floatX> d_qkv = t.rows<floatX>(Tensor::d_qkv, l);
-                attention_block_backward(ctx, d_qkv, d_attention(), attention_out(), lse(), qkv(), kv_store(),
-                                         store(Tensor::d_store, floatS()), segments, shape.last_slice);
-                if (rules.move_qkv) {
-                    const QkvWeights<floatS> d_weights = t.d_qkv_weights(l);
-                    fill_zero(rank.device, d_weights.weight, 3 * C * C);
-                    fill_zero(rank.device, d_weights.bias, 3 * C);
-                    qkv_backward_weight(ctx, d_weights, d_qkv, ln1());
+                const bool has_delta = t.find(Tensor::delta, l);
+                attention_block_backward(ctx, d_qkv, d_attention(), has_delta ? Matrix<floatX>() : attention_out(),
+                                         lse(), qkv(), kv_store(), store(Tensor::d_store, floatS()), segments,
+                                         shape.last_slice,
+                                         has_delta ? t.rows<floatS>(Tensor::delta, l) : Matrix<floatS>());
+                if (!move) break;
+                const LayerTensors<floatS> d_weights = t.d_pre_weights(l);
+                if (!once || op.weights)
+                    for (const auto& tensor : moved_tensors(d_weights, rules.helix, C)) fill_zero(rank.device, tensor);
+                qkv_backward_weight(ctx, d_weights, d_qkv, ln1());
+                if (norm)
+                    pre_attention_backward(ctx, t.pre_weights(l), d_weights, d_x(), {d_qkv, {}}, t.ln1_stats(l), x(l));
+                else
                     matmul_backward_input(rank.device, t.rows<floatX>(Tensor::d_ln1, l), d_qkv,
-                                          {t.qkv_weights(l).weight, 3 * C, C});
-                }
+                                          {t.pre_weights(l).qkv_weight, 3 * C, C});
                 break;
             }
             case Part::pre:
-                if (rules.move_qkv) {  // every chunk's gradient was summed by itself, in fp32; its owner adds it
-                    const QkvWeights<floatS> d_weights = t.d_qkv_weights(l);
-                    add_rows(rank.device, Matrix<floatS>(dw.qkv_weight, 1, 3 * C * C),
-                             Matrix<floatS>(d_weights.weight, 1, 3 * C * C));
-                    add_rows(rank.device, Matrix<floatS>(dw.qkv_bias, 1, 3 * C),
-                             Matrix<floatS>(d_weights.bias, 1, 3 * C));
+                if (move && (!once || op.weights)) {  // the sum of another rank or, of every chunk, its own
+                    const auto sums = moved_tensors(dw, rules.helix, C);
+                    const auto added = moved_tensors(t.d_pre_weights(l), rules.helix, C);
+                    for (size_t n = 0; n < sums.size(); ++n) add_rows(rank.device, sums[n], added[n]);
                 }
+                if (norm) break;                // the rest ran with the attention
                 if (rules.one_block(l)) break;  // the rest is part of post's backward, the next op
                 if (rules.apart && !none) pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), std::nullopt, x(l));
-                if (!rules.move_qkv && !op.split)
-                    qkv_backward_weight(ctx, {dw.qkv_weight, dw.qkv_bias}, pre_gradient(l).d_qkv, ln1());
+                if (!move && !op.split) qkv_backward_weight(ctx, dw, pre_gradient(l).d_qkv, ln1());
                 pre_attention_backward(ctx, w, dw, d_x(), pre_gradient(l), t.ln1_stats(l), x(l));
                 break;
             case Part::embed:
@@ -224,8 +244,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 break;
         }
     if (op.pass == Pass::W) {
-        if (op.part == Part::pre)
-            qkv_backward_weight(ctx, {dw.qkv_weight, dw.qkv_bias}, t.rows<floatX>(Tensor::d_qkv, l), ln1());
+        if (op.part == Part::pre) qkv_backward_weight(ctx, dw, t.rows<floatX>(Tensor::d_qkv, l), ln1());
         if (op.part == Part::post)
             post_attention_backward_weight(ctx, w, dw, d_post(), kept_post(), none ? Matrix<floatR>() : x(l),
                                            attention_out());
@@ -332,22 +351,42 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradients
 
-// A tied embedding is used at both ends of the model. Where these are on two ranks, each has the weight, and both add
-// up their gradients, in pieces that fit into the activations, which nobody needs between steps.
-void sum_tied_gradients(Rank& rank) {
-    const int first = rank.options.owner(Part::embed, -1), last = rank.options.owner(Part::head, -1);
-    if (!rank.options.model.tied || first == last || (rank.index != first && rank.index != last)) return;
-    const int peer = rank.index == first ? last : first;
-    const Parameter& embedding = rank.parameters.front();
-    floatS* received = reinterpret_cast<floatS*>(rank.activations);
-    // Both ranks take the same pieces, though their arenas differ: a chunk of one layer fits into either.
-    const int64_t piece = rank.options.chunk_tokens * rank.options.model.channels;
-    for (int64_t begin = 0; begin < embedding.size(); begin += piece) {
-        const int64_t n = std::min(piece, embedding.size() - begin), bytes = n * int64_t(sizeof(floatS));
-        floatS* own = rank.gradients + embedding.offset + begin;
-        const Transfer both[] = {{true, peer, own, bytes}, {false, peer, received, bytes}};
-        rank.transport.wait(0, rank.transport.post(both) + 2);
-        add_rows(rank.device, Matrix<floatS>(own, 1, n), Matrix<floatS>(received, 1, n));
+// A parameter that several ranks hold (a tied embedding whose ends are apart, a spread head) has its gradients added
+// up, and all ranks get the same bits: each adds one part of the tensor and passes the sum on. The tensor is taken in
+// pieces that fit into the activations, which nobody needs between steps.
+void sum_shared_gradients(Rank& rank) {
+    floatS* const received = reinterpret_cast<floatS*>(rank.activations);
+    for (const SharedParameter& shared : rank.shared) {
+        const std::vector<int>& holders = shared.holders;
+        const int count = int(holders.size());
+        // All take the same pieces, though their arenas differ: a chunk of one layer fits into each.
+        const int64_t part = ceil_div(rank.options.chunk_tokens * rank.options.model.channels, count);
+        for (int64_t begin = 0; begin < shared.size; begin += count * part) {
+            std::vector<Transfer> sums, results;
+            Matrix<floatS> mine;
+            const auto part_of = [&](int holder) {
+                const int64_t first = std::min(begin + holder * part, shared.size);
+                return Matrix<floatS>(rank.gradients + shared.offset + first, 1, std::min(part, shared.size - first));
+            };
+            const auto add = [&](std::vector<Transfer>& list, bool send, int peer, floatS* data, int64_t n) {
+                if (n > 0) list.push_back({send, peer, data, n * int64_t(sizeof(floatS))});
+            };
+            for (int n = 0; n < count; ++n)
+                if (holders[size_t(n)] == rank.index) mine = part_of(n);
+            int others = 0;
+            for (int n = 0; n < count; ++n) {
+                const int peer = holders[size_t(n)];
+                if (peer == rank.index) continue;
+                add(sums, true, peer, part_of(n).data, part_of(n).cols);
+                add(sums, false, peer, received + others++ * part, mine.cols);
+                add(results, true, peer, mine.data, mine.cols);
+                add(results, false, peer, part_of(n).data, part_of(n).cols);
+            }
+            rank.transport.wait(0, rank.transport.post(sums) + int64_t(sums.size()));
+            for (int n = 0; n < others; ++n)
+                add_rows(rank.device, mine, Matrix<floatS>(received + n * part, 1, mine.cols));
+            rank.transport.wait(0, rank.transport.post(results) + int64_t(results.size()));
+        }
     }
 }
 
@@ -358,7 +397,7 @@ double compute_gradients(Rank& rank, const Step& step, Observer* observer = null
     const double count = double(std::max<int64_t>(step.targets, 1));
     double loss = run_ops(rank, rank.plan_for(step.group_sizes, true), step, floatS(1.0 / count), observer) / count;
     rank.transport.progress.busy_with("the sum of gradients");
-    sum_tied_gradients(rank);
+    sum_shared_gradients(rank);
     rank.transport.sum({&loss, 1});
     return loss;
 }
@@ -407,10 +446,11 @@ double learning_rate(const Config& c, int64_t step) {
     return t.lr;
 }
 
-// Over all ranks; a tied embedding that lies on two of them counts once.
+// Over all ranks; a parameter that several of them hold counts once.
 double gradient_norm(const Rank& rank) {
     const auto& held = rank.parameters;
-    const int64_t begin = held.size() > 1 && held[0].copy ? held[1].offset : 0;  // a copy comes first
+    const auto own = std::find_if(held.begin(), held.end(), [](const Parameter& p) { return !p.copy; });
+    const int64_t begin = own == held.end() ? flat_size(held) : own->offset;  // copies come first
     double squares = sum_of_squares(rank.device, rank.gradients + begin, flat_size(held) - begin);
     rank.transport.sum({&squares, 1});
     return std::sqrt(squares);

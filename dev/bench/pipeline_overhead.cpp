@@ -76,7 +76,7 @@ template <class OpSeconds>
 double simulated_bubble(const RankOptions& options, int chunks, const OpSeconds& op_seconds) {
     const ScheduleInput in = options.schedule_input(chunks, true, false);
     const OpLists lists = find_schedule(options.layout.schedule)->lists(in);
-    const Timeline timeline = simulate(lists, in, op_seconds, [](const Op&) { return 0.0; });
+    const Timeline timeline = simulate(lists, in, op_seconds, [](const Op&, int) { return 0.0; });
     return timeline.mean_bubble() / timeline.makespan;
 }
 
@@ -98,7 +98,7 @@ Measured run_steps(const Workload& work, Recompute recompute, const Pipeline& pi
             const double ops_start = seconds_now();
             double loss = run_ops(rank, plan, step, floatS(1.0 / double(step.targets)));
             const double ops_end = seconds_now();
-            sum_tied_gradients(rank);
+            sum_shared_gradients(rank);
             transport.sum({&loss, 1});
             const double norm = gradient_norm(rank);
             update_parameters(rank, {1e-4, 0.9, 0.95, 1e-8, 0.1, n + 1, norm > 1 ? 1 / norm : 1});

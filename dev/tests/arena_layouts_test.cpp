@@ -3,6 +3,8 @@
 // was planned for the largest. HELIXTRAIN_SEED=n draws other plans.
 #include <gtest/gtest.h>
 
+#include <set>
+
 #include <cstdlib>
 #include <map>
 #include <random>
@@ -35,8 +37,10 @@ std::vector<Plan> plans_of(RankOptions o, const std::vector<int>& group_sizes, b
 std::string describe(const RankOptions& o, size_t chunks, bool training) {
     const Layout& y = o.layout;
     return y.schedule + " p=" + std::to_string(y.ranks) + " L=" + std::to_string(o.model.layers) +
-           " m=" + std::to_string(chunks) + " F=" + std::to_string(y.folds) + (y.move_qkv ? " move" : " no move") +
-           " recompute " + std::to_string(int(o.recompute)) + (training ? "" : " forward only");
+           " m=" + std::to_string(chunks) + " F=" + std::to_string(y.folds) +
+           (y.helix.move_qkv ? y.helix.weights_once ? " move" : " move each" : " no move") +
+           (y.helix.move_norm ? " norm" : "") + (y.helix.spread_head ? " spread" : "") + " recompute " +
+           std::to_string(int(o.recompute)) + (training ? "" : " forward only");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -78,13 +82,14 @@ std::string hold_to_account(const Plan& plan, const GptConfig& g) {
             });
             const std::string name = op_name(op) + ", " + tensor_name(use.tensor);
             if (place == placed.end()) {
-                if (use.tensor == Tensor::qkv_weights) continue;  // the rank's own
+                if (use.tensor == Tensor::qkv_weights || use.owner < 0) continue;  // the rank's own
                 return name + " has no place";
             }
             const std::tuple key{use.tensor, use.layer, use.owner};
             if (use.access == Access::create) {
                 current[key] = needs.size();
-                const int64_t bytes = tensor_bytes(use.tensor, plan.chunks[size_t(use.owner)], g, plan.rules);
+                const int64_t bytes =
+                    tensor_bytes(use.tensor, use.owner < 0 ? shape : plan.chunks[size_t(use.owner)], g, plan.rules);
                 if (place->offset < 0 || place->offset + bytes > plan.size.bytes) return name + " leaves the arena";
                 needs.push_back({name, place->offset, place->offset + bytes, posted[size_t(i)], i});
             } else if (!current.count(key)) {
@@ -133,8 +138,9 @@ struct Drawn {
 
 Drawn draw(const Schedule& schedule, std::mt19937& generator) {
     const auto random = [&](int low, int high) { return low + int(generator() % unsigned(high - low + 1)); };
-    Layout layout{
-        .ranks = random(1, 6), .schedule = schedule.name, .folds = random(1, 3), .move_qkv = random(0, 1) > 0};
+    Layout layout{.ranks = random(1, 6), .schedule = schedule.name, .folds = random(1, 3)};
+    const int move = random(0, 2);
+    layout.helix = {move > 0, move > 1, move > 0 && random(0, 1) > 0, random(0, 1) > 0};
     const bool sliced = (layout.ranks == 1 || schedule.name == "gpipe") && random(0, 1);
     std::vector<int> groups(size_t(random(1, sliced ? 5 : 16)), 1);
     for (int& size : groups)
@@ -207,20 +213,31 @@ int64_t designed_bytes(const RankOptions& o, int chunks) {
     const int p = o.layout.ranks, F = o.layout.folds, L = int(g.layers), rank = o.layout.rank;
     const auto aligned = [](int64_t elements) { return (elements * 4 + 63) / 64 * 64; };
     const int64_t N = o.chunk_tokens, C = g.channels, rows = aligned(N * C);
-    const int64_t lse = aligned(N * g.heads), weights = aligned(3 * C * C) + aligned(3 * C);
+    const HelixOptions& helix = o.layout.helix;
+    const int64_t lse = aligned(N * g.heads), weights = aligned(3 * C * C) + aligned(3 * C) + 2 * aligned(C);
     int64_t bytes = 0;
+    std::vector<bool> received(static_cast<size_t>(L));  // weights of the layer
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const int n = chunk % (p * F);
         const bool full = chunk - n + p * F <= chunks;
         const int j = full ? n / F : n % p;
         for (int l = 0; l < L; ++l) {
             if ((l + j + 1) % p != rank) continue;
-            bytes += 2 * rows + lse;          // A, O
-            if (j == 0) bytes -= rows;        // O is that of block l + 1, here as well
-            if (j < p - 1) bytes += weights;  // the rank's own where block l is here
+            bytes += lse;
+            const bool near = j == 0 || (l == L - 1 && helix.spread_head);  // block l + 1 is here as well, and has O
+            if (!helix.move_norm) bytes += near ? rows : 2 * rows;          // A, O
+            // The rank's own where block l is here; else received once, or with every chunk.
+            if (j < p - 1 && (!helix.weights_once || !received[size_t(l)])) bytes += weights;
+            received[size_t(l)] = true;
         }
-        for (int k = 0; k <= L; ++k)
-            if (k % p == rank) bytes += (k == 0 ? 1 : k < L ? 2 : 3) * rows;  // r; r, O; r, O and the head's input
+        for (int k = 0; k <= L; ++k) {
+            const bool spread = k == L && helix.spread_head;
+            if ((spread ? k + j : k) % p != rank) continue;
+            if (k > 0) bytes += 2 * rows;  // r, O
+            else if (!helix.move_norm && !(helix.spread_head && L == 1 && j == p - 1))
+                bytes += rows;                                // r, unless it is that of block L
+            if (k == L && !helix.spread_head) bytes += rows;  // the head's input
+        }
     }
     return bytes;
 }
@@ -231,19 +248,29 @@ TEST(ArenaLayouts, HelixKeepsWhatItsDesignSays) {
         for (int F : {1, 2, 3})
             for (int L : {2 * p, p + 1, p, p - 1})
                 for (int chunks : {2 * p * F, p * F + 1, p * F, p - 1}) {
-                    Layout layout{.ranks = p, .schedule = "helix", .folds = F, .max_chunks = chunks};
+                    const HelixOptions helix{true, (chunks + F) % 2 == 0, compared % 3 > 0, compared % 5 > 1};
+                    Layout layout{.ranks = p, .schedule = "helix", .folds = F, .helix = helix, .max_chunks = chunks};
                     RankOptions o = options(L, Recompute::without_attention, 32, layout);
                     const std::vector<Plan> plans = plans_of(o, std::vector<int>(size_t(chunks), 1), true);
                     for (int& rank = o.layout.rank; rank < p; ++rank) {
                         const Plan& plan = plans[size_t(rank)];
-                        int turn = 0;  // the first backward op
-                        while (turn < int(plan.ops.size()) &&
-                               (plan.ops[size_t(turn)].kind != Kind::compute || plan.ops[size_t(turn)].pass != Pass::B))
-                            ++turn;
+                        const auto turns = [&](const Op& op) {  // the first op of the backward pass
+                            const bool last = op.part == Part::post && op.layer == L - 1;
+                            return op.kind == Kind::compute && (op.pass == Pass::B || (helix.spread_head && last));
+                        };
+                        const int turn = int(std::find_if(plan.ops.begin(), plan.ops.end(), turns) - plan.ops.begin());
+                        std::set<std::tuple<Tensor, int, int>> made, needed;  // by ops from the turn on
+                        for (size_t i = size_t(turn); i < plan.ops.size(); ++i)
+                            for (const Use& use : uses(plan.ops[i], plan.chunks[0], plan.rules)) {
+                                const std::tuple key{use.tensor, use.layer, use.owner};
+                                if (use.access == Access::create) made.insert(key);
+                                else if (!made.count(key)) needed.insert(key);
+                            }
                         int64_t bytes = 0;  // that a forward op has made or received, and that are still needed
                         for (const PlannedTensor& t : plan.tensors)
                             if (t.life.first < turn && t.life.last >= turn &&
-                                plan.ops[size_t(t.life.first)].pass == Pass::F)
+                                plan.ops[size_t(t.life.first)].pass == Pass::F &&
+                                needed.count({t.tensor, t.layer, t.owner}))
                                 bytes += round_up(t.life.bytes, arena_alignment);
                         EXPECT_EQ(bytes, designed_bytes(o, chunks))
                             << describe(o, size_t(chunks), true) << " rank " << rank;

@@ -1,6 +1,6 @@
 // A second simulator of op lists, written to share nothing with llmc/pipeline/simulate.h, against which that one is
-// tested. Time goes from event to event, and at each of them everything that can start is started. What an op takes is
-// looked up by name.
+// tested. Time goes from event to event, and at each of them everything that can start is started; then messages that
+// take time, one by one, as their links are free. What an op takes is looked up by name.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ struct BruteForce {
     std::vector<std::vector<double>> start;  // [rank][op] of compute ops
 };
 
-// compute(op), transfer(op): durations.
+// compute(op), transfer(op, sender): durations.
 template <class Compute, class Transfer>
 BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Compute compute, Transfer transfer) {
     using Name = int64_t;
@@ -66,7 +66,7 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
     struct Flight {
         Name what;
         int from, to;
-        double end;
+        double end, takes;
     };
     const int p = int(lists.size());
     std::vector<Rank> ranks(static_cast<size_t>(p));
@@ -78,7 +78,15 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
             if (op.kind == Kind::receive) ranks[r].expected.insert(result(op));
     }
     std::vector<Flight> flights;
-    std::unordered_set<Name> flown;
+    struct Wish {  // a message that waits for links
+        double since;
+        int from, to, place;  // place among the sends of its batch
+        Name what;
+        double takes;
+    };
+    std::vector<Wish> wishes;
+    std::vector<bool> link_out(static_cast<size_t>(p)), link_in(static_cast<size_t>(p));  // taken
+    std::unordered_set<Name> flown;                                                       // or wished for
     double now = 0;
     for (;;) {
         for (bool progress = true; progress;) {
@@ -88,6 +96,7 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
                     const Flight f = flights[i];
                     flights.erase(flights.begin() + long(i));
                     ranks[f.to].received.insert(f.what);
+                    if (f.takes > 0) link_out[f.from] = link_in[f.to] = false;
                     for (int r : {f.from, f.to})
                         if (++ranks[r].arrived == ranks[r].queue[ranks[r].head].size())
                             ++ranks[r].head, ranks[r].arrived = 0;
@@ -97,18 +106,23 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
                 }
             for (int r = 0; r < p; ++r) {
                 Rank& rank = ranks[r];
-                if (rank.head < rank.queue.size())
+                if (rank.head < rank.queue.size()) {
+                    int place = -1;
                     for (const Op* op : rank.queue[rank.head]) {
+                        ++place;
                         if (op->kind != Kind::send || flown.count(result(*op))) continue;
                         Rank& peer = ranks[op->peer];
                         if (peer.head == peer.queue.size()) continue;
                         for (const Op* other : peer.queue[peer.head])
                             if (other->kind == Kind::receive && other->peer == r && result(*other) == result(*op)) {
                                 flown.insert(result(*op));
-                                flights.push_back({result(*op), r, op->peer, now + transfer(*op)});
+                                const double takes = transfer(*op, r);
+                                if (takes > 0) wishes.push_back({now, r, op->peer, place, result(*op), takes});
+                                else flights.push_back({result(*op), r, op->peer, now, 0});
                                 progress = true;
                             }
                     }
+                }
                 while (rank.next < lists[r].size() && rank.free <= now) {
                     const Op& op = lists[r][rank.next];
                     if (op.kind != Kind::compute) {
@@ -133,6 +147,27 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
                 }
             }
         }
+        for (;;) {  // of the messages whose links are free, the one that has waited for longest
+            size_t best = wishes.size();
+            for (size_t i = 0; i < wishes.size(); ++i) {
+                const Wish& w = wishes[i];
+                if (link_out[w.from] || link_in[w.to]) continue;
+                if (best < wishes.size()) {
+                    const Wish& b = wishes[best];
+                    const bool earlier = w.since != b.since ? w.since < b.since
+                                         : w.from != b.from ? w.from < b.from
+                                         : w.to != b.to     ? w.to < b.to
+                                                            : w.place < b.place;
+                    if (!earlier) continue;
+                }
+                best = i;
+            }
+            if (best == wishes.size()) break;
+            const Wish w = wishes[best];
+            wishes.erase(wishes.begin() + long(best));
+            link_out[w.from] = link_in[w.to] = true;
+            flights.push_back({w.what, w.from, w.to, now + w.takes, w.takes});
+        }
         double next = -1;  // the next event
         const auto event = [&](double t) {
             if (t > now && (next < 0 || t < next)) next = t;
@@ -142,7 +177,7 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
         if (next < 0) break;
         now = next;
     }
-    out.finished = flights.empty();
+    out.finished = flights.empty() && wishes.empty();
     for (int r = 0; r < p; ++r) {
         out.finished = out.finished && ranks[r].next == lists[r].size() && ranks[r].head == ranks[r].queue.size();
         out.makespan = std::max(out.makespan, ranks[r].free);

@@ -17,7 +17,8 @@ struct Layout {
     std::vector<Parameter> held(const GptConfig& config, int rank) const {
         const ScheduleInput in{.ranks = ranks, .layers = int(config.layers), .virtual_stages = virtual_stages};
         const auto owner = find_schedule(schedule)->owner;
-        return parameters_of(config, [&](Part part, int layer) { return owner(in, part, layer, 0) == rank; });
+        const auto runs = [&](Part part, int layer) { return owner(in, part, layer, 0) == rank; };
+        return parameters_of(config, runs, runs);
     }
 };
 
@@ -238,9 +239,8 @@ TEST(FailingRank, ADiskThatIsFullForOneStopsAll) {
     const TestModel model;
     const auto save_on_three = [&](int64_t step) {
         return same_on_all(on_ranks(3, [&](Transport& transport) {
-            TestModel mine(model.config, parameters_of(model.config, [&](Part part, int) {
-                               return transport.rank == (part == Part::embed ? 0 : 2);
-                           }));
+            const auto runs = [&](Part part, int) { return transport.rank == (part == Part::embed ? 0 : 2); };
+            TestModel mine(model.config, parameters_of(model.config, runs, runs));
             save_checkpoint(run, mine.fill(step).view(), state_at(step), 1, transport);
         }));
     };

@@ -90,7 +90,7 @@ TEST(Functions, PreAttention) {
     };
     objective();
     const LayerTensors<double>& dw = f.dw.layers[1];
-    qkv_backward_weight(f.ctx, {dw.qkv_weight, dw.qkv_bias}, rows(d_qkv, 3 * C), rows(ln1, C));
+    qkv_backward_weight(f.ctx, dw, rows(d_qkv, 3 * C), rows(ln1, C));
     pre_attention_backward(f.ctx, f.w.layers[1], dw, rows(dx, C), {rows(d_qkv, 3 * C), {}}, norm, rows(x, C));
     f.check("x", x.data(), dx.data(), N * C, objective);
     for (const char* name : {"h.1.ln_1.weight", "h.1.ln_1.bias", "h.1.attn.c_attn.weight", "h.1.attn.c_attn.bias"})

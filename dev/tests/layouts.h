@@ -10,11 +10,22 @@
 #define TESTING
 #include "train_gpt.cu"
 
+// The forms of helix, from the default to the plainest.
+inline std::vector<HelixOptions> helix_variants() {
+    return {{},
+            {true, true, true, false},
+            {true, false, true, true},
+            {true, true, false, true},
+            {true, false, false, false},
+            {false, false, false, true},
+            {false, false, false, false}};
+}
+
 // One layout with all that goes with it.
 struct LayoutCase {
     std::string schedule;
     int folds = 1, ranks = 1, layers = 1, chunks = 1;
-    bool move_qkv = true;
+    HelixOptions helix = {};
     Recompute recompute = Recompute::none;
     bool documents = false, tied = false;  // packed documents of mixed lengths, or one window a chunk
     int64_t mlp_chunk = 0;
@@ -23,7 +34,10 @@ struct LayoutCase {
     std::string text() const {
         const char* const modes[] = {"none", "without-attention", "full"};
         std::string name = schedule;
-        if (schedule == "helix") name += " F=" + std::to_string(folds) + (move_qkv ? " move" : " no move");
+        if (schedule == "helix")
+            name += " F=" + std::to_string(folds) +
+                    (helix.move_qkv ? helix.weights_once ? " move" : " move each" : " no move") +
+                    (helix.move_norm ? " norm" : "") + (helix.spread_head ? " spread" : "");
         return name + " p=" + std::to_string(ranks) + " L=" + std::to_string(layers) + " m=" + std::to_string(chunks) +
                " recompute " + modes[int(recompute)] + (documents ? " documents" : " windows") +
                (tied ? " tied" : " untied") + " mlp-chunk " + std::to_string(mlp_chunk) + " chunks of " +
@@ -32,7 +46,7 @@ struct LayoutCase {
     GptConfig model() const { return {layers, 16, 2, 16, 50, 64, tied}; }
     RankOptions options(int rank, int max_chunks) const {
         return {model(),   recompute, chunk_tokens, mlp_chunk,
-                mlp_chunk, 1,         true,         {ranks, rank, schedule, folds, 0, move_qkv, max_chunks}};
+                mlp_chunk, 1,         true,         {ranks, rank, schedule, folds, 0, helix, max_chunks}};
     }
     LayoutCase on_one_rank() const {
         LayoutCase one = *this;
@@ -101,6 +115,7 @@ inline LayoutRun run_rank(const LayoutCase& layout, Transport& transport, int st
     Rank rank(layout.options(transport.rank, int(step.chunks.size())), transport);
     const auto gather = [&](floatS* flat) {
         std::vector<std::vector<floatS>> tensors(table.size());
+        std::vector<int> originals(table.size());
         HostView<floatS> held(rank.device, flat, flat_size(rank.parameters), true);
         const std::string own(reinterpret_cast<const char*>(held.data()), size_t(held.size()) * sizeof(floatS));
         const std::vector<std::string> all = transport.all_gather(own);
@@ -109,14 +124,15 @@ inline LayoutRun run_rank(const LayoutCase& layout, Transport& transport, int st
                 std::vector<floatS> values(static_cast<size_t>(p.size()));
                 std::memcpy(values.data(), all[size_t(r)].data() + size_t(p.offset) * sizeof(floatS),
                             values.size() * sizeof(floatS));
+                originals[size_t(p.index)] += !p.copy;
                 std::vector<floatS>& known = tensors[size_t(p.index)];
                 if (known.empty()) known = std::move(values);
-                else if (!p.copy && p.index > 0) run.problems.push_back(p.name + " is on two ranks");
                 else if (std::memcmp(known.data(), values.data(), values.size() * sizeof(floatS)) != 0)
                     run.problems.push_back("copies of " + p.name + " differ");
             }
         for (const Parameter& p : table)
-            if (tensors[size_t(p.index)].empty()) run.problems.push_back("no rank has " + p.name);
+            if (originals[size_t(p.index)] != 1)
+                run.problems.push_back(std::to_string(originals[size_t(p.index)]) + " ranks own " + p.name);
         return tensors;
     };
     set_weights(rank);
@@ -225,7 +241,7 @@ inline int chunks_of(int kind, int p, int F) {
 }
 
 struct CoveringLayouts {
-    std::vector<int> sizes = {8, 4, 3, 3, 2, 3, 2, 2, 2, 2};
+    std::vector<int> sizes = {8, 4, 3, 3, int(helix_variants().size()), 3, 2, 2, 2, 2};
     std::vector<std::vector<int>> rows;  // [layout][axis] value
     std::vector<LayoutCase> threads, processes;
 
@@ -244,7 +260,7 @@ struct CoveringLayouts {
                             .ranks = p,
                             .layers = layers_of(row[2], p),
                             .chunks = chunks_of(row[3], p, F),
-                            .move_qkv = row[4] == 0,
+                            .helix = helix_variants()[size_t(row[4])],
                             .recompute = Recompute(row[5]),
                             .documents = row[6] == 1,
                             .tied = row[7] == 1,

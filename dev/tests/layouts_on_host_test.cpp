@@ -17,7 +17,7 @@ TEST(LayoutsOnHost, AgreeWithOneRank) {
                                 .ranks = 2 + n % 2,
                                 .layers = 3,
                                 .chunks = 4,
-                                .move_qkv = n < 6,
+                                .helix = {n < 6, n < 6, n < 6, n < 6},
                                 .recompute = Recompute(n % 3),
                                 .documents = true,
                                 .tied = n % 2 == 0,

@@ -46,17 +46,17 @@ TEST(Layouts, HelixAgreesWithOneRank) {
         for (int p : {2, 3, 4})
             for (int L : {0, 1, 2})
                 for (int m : {0, 1, 2})
-                    for (bool move : {true, false})
+                    for (const HelixOptions& helix : helix_variants())
                         summary.expect_equal({.schedule = "helix",
                                               .folds = F,
                                               .ranks = p,
                                               .layers = layers_of(L, p),
                                               .chunks = chunks_of(m, p, F),
-                                              .move_qkv = move,
+                                              .helix = helix,
                                               .recompute = Recompute(summary.cases % 3),
                                               .documents = summary.cases / 4 % 2 == 1,
                                               .tied = summary.cases / 2 % 2 == 1});
-    EXPECT_EQ(summary.cases, 108);
+    EXPECT_EQ(summary.cases, 54 * int(helix_variants().size()));
     summary.print();
 }
 
@@ -93,7 +93,7 @@ TEST(Layouts, SameLayoutTwiceHasTheSameBits) {
     }
 }
 
-// Both work off a group in the same order of chunks, so every sum has the same order, too.
+// As published, both work off a group in the same order of chunks, so every sum has the same order, too.
 TEST(Layouts, OneFoldAndTwoHaveTheSameBits) {
     for (int p : {2, 3, 4})
         for (int layers : {p, p + 1})
@@ -104,7 +104,7 @@ TEST(Layouts, OneFoldAndTwoHaveTheSameBits) {
                                       .ranks = p,
                                       .layers = layers,
                                       .chunks = 4 * p,
-                                      .move_qkv = move,
+                                      .helix = {move, false, false, false},
                                       .recompute = recompute};
                     const LayoutRun one = run_layout(layout, steps);
                     layout.folds = 2;
@@ -138,13 +138,13 @@ TEST(Layouts, EvaluationAgreesWithOneRank) {
         EXPECT_GT(expected, 2);
         for (const Schedule& schedule : schedules())
             for (int p : {2, 3, 5})
-                for (bool move : {true, false}) {
-                    if (schedule.name != "helix" && !move) continue;
+                for (const HelixOptions& helix : helix_variants()) {
+                    if (schedule.name != "helix" && !helix.weights_once) continue;
                     const LayoutCase layout{.schedule = schedule.name,
                                             .folds = 2,
                                             .ranks = p,
                                             .layers = 4,
-                                            .move_qkv = move,
+                                            .helix = helix,
                                             .recompute = Recompute::without_attention,
                                             .tied = tied};
                     EXPECT_LE(std::abs(loss(layout) / expected - 1), 1e-6) << layout.text();
@@ -173,7 +173,7 @@ TEST(Layouts, PlantedErrorsAreFound) {
     expect_found(layout, "the gradient of h.1.attn.c_attn.weight", [](Rank& rank, const OpTensors& t) {
         const Op& op = t.plan.ops[t.op];
         if (rank.index != 2 || op.part != Part::attention || op.pass != Pass::B || op.layer != 1) return;
-        floatS* weight = t.d_qkv_weights(1).weight;
+        floatS* weight = t.d_pre_weights(1).qkv_weight;
         for (int i = 0; i < 3 * 16 * 16; ++i) weight[i] *= 1 + 1.0f / 4096;
     });
     // One chunk is left out of one layer.

@@ -22,7 +22,7 @@ TEST(Races, NoneUnderAnySchedule) {
                                         .ranks = 3,
                                         .layers = 4,
                                         .chunks = 7,
-                                        .move_qkv = move,
+                                        .helix = {move, move, move, move},
                                         .recompute = recompute,
                                         .documents = layouts % 2 == 1,
                                         .tied = true};

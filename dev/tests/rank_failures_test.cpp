@@ -14,7 +14,8 @@ TEST(RankFailures, EndAllRanksAndNameTheCause) {
     double slowest = 0;
     for (int n = 0; n < 40; ++n) {
         LayoutCase layout{.schedule = names[n % 6], .ranks = drawn(2, 4), .layers = drawn(4, 6), .chunks = drawn(1, 8)};
-        if (layout.schedule == "helix") layout.folds = drawn(1, 2), layout.move_qkv = drawn(0, 1);
+        if (layout.schedule == "helix")
+            layout.folds = drawn(1, 2), layout.helix.move_qkv = layout.helix.weights_once = drawn(0, 1);
         const int victim = drawn(0, layout.ranks - 1), kind = drawn(0, 2);
         const double moment = drawn(0, 999) / 1e3;  // part of the victim's computes
         const Step step = prepare_step(layout.batch(), layout.chunk_tokens, layout.model());

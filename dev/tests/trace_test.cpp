@@ -18,8 +18,8 @@ struct Simulated {
 
 Simulated simulated(const std::string& name, const ScheduleInput& in, double message_time) {
     OpLists lists = find_schedule(name)->lists(in);
-    const OpTimes times{std::vector<PartTimes>(size_t(in.chunks), {1, 6, 3}), 2, {.layers = in.layers}};
-    Timeline timeline = simulate(lists, in, times, [&](const Op&) { return message_time; });
+    const OpTimes times{{1, 6, 3}, {.layers = in.layers}};
+    Timeline timeline = simulate(lists, in, times, [&](const Op&, int) { return message_time; });
     Picture picture{name, planned_events(lists, timeline, [](const Op&) { return 8; })};
     return {name, std::move(lists), std::move(timeline), std::move(picture)};
 }
@@ -203,7 +203,7 @@ TEST(Trace, ThreadsDoNotOverlap) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-double total(const OpTimes& times, const OpLists& lists) {
+double total(const OpCosts& times, const OpLists& lists) {
     double sum = 0;
     for (const std::vector<Op>& list : lists)
         for (const Op& op : list)
@@ -211,28 +211,36 @@ double total(const OpTimes& times, const OpLists& lists) {
     return sum;
 }
 
+// Times are FLOPs at this rate.
+const Cluster one_flop_a_ms = cluster_of_rate(1e-6);
+
 // Without recomputation the ops of a step add up to the arithmetic of the model, wherever the products for queries,
-// keys and values run, whether a backward is split, and whether a sequence is cut. Recomputing adds its share of the
-// forward.
+// keys and values run, whether a backward is split, and whether a sequence is cut; attention takes five products
+// backward where the model has four. Recomputing adds what is needed of the forward.
 TEST(Costs, AddUpToTheModel) {
     const GptConfig g{.layers = 6, .channels = 64, .heads = 4, .context = 96, .vocab = 100, .padded_vocab = 128};
-    const int m = 4;
+    const int m = 4, L = 6;
     const double linear = double(g.channels * g.channels), tokens = 96.0 * m;
-    const double step = tokens * matmul_flops_per_token(g) + m * attention_flops(g, 0, 96);
     const double attention = m * attention_flops(g, 0, 96) / 3;
+    const double step = tokens * matmul_flops_per_token(g) + 3.5 * attention;
     const std::vector<ChunkShape> whole(m, ChunkShape{96});
+    const auto costs = [&](const std::vector<ChunkShape>& chunks, const TensorRules& rules) {
+        return OpCosts(one_flop_a_ms, sizes_of<BuildTypes>(), g, chunks, rules);
+    };
     for (const std::string name : {"1f1b", "zb-h1", "helix"})
         for (bool move : {false, true}) {
-            const bool helix = name == "helix";
+            const bool helix = name == "helix", split = name == "zb-h1";
             if (move && !helix) continue;
-            const OpLists lists = find_schedule(name)->lists({3, 6, m});
+            const OpLists lists = find_schedule(name)->lists({3, L, m});
             const auto cost = [&](Recompute recompute) {
-                const TensorRules rules{6, true, recompute, helix, move};
-                return total({arithmetic_times(g, whole, rules, 1), 2, rules}, lists);
+                return total(costs(whole, {L, true, recompute, helix, move}), lists);
             };
-            const double hidden = tokens * 6 * 18 * linear, qkv = tokens * 6 * 6 * linear;
+            // The second product of the MLP is needed again for the pre_attention of the same block alone, and where a
+            // split backward does not keep the gradient before GELU.
+            const double hidden = tokens * L * 10 * linear, qkv = tokens * L * 6 * linear;
+            const double second = tokens * 8 * linear * (helix ? L - 1 : split ? L : 0);
             EXPECT_NEAR(cost(Recompute::none), step, 1e-9 * step) << name;
-            const double again = hidden * (name == "zb-h1" ? 2 : 1) + (helix && !move ? 0 : qkv);
+            const double again = hidden * (split ? 2 : 1) + second + (helix && !move ? 0 : qkv);
             EXPECT_NEAR(cost(Recompute::without_attention), step + again, 1e-9 * step) << name << move;
             EXPECT_NEAR(cost(Recompute::full), step + again + attention, 1e-9 * step) << name << move;
         }
@@ -241,19 +249,72 @@ TEST(Costs, AddUpToTheModel) {
     std::vector<ChunkShape> sliced;
     for (int first : {0, 3})
         for (int i : {0, 1, 2}) sliced.push_back({40, first, 96, i == 0, i == 2});
-    const TensorRules rules{.layers = 6};
-    const double half = 2 * 96 * matmul_flops_per_token(g) + 2 * attention_flops(g, 0, 96);
-    EXPECT_NEAR(total({arithmetic_times(g, sliced, rules, 1), 2, rules}, find_schedule("gpipe")->lists({2, 6, 6})),
-                half, 1e-9 * half);
+    EXPECT_NEAR(total(costs(sliced, {.layers = L}), find_schedule("gpipe")->lists({2, L, 6})), step / 2, 1e-9 * step);
 
     // A chunk of several sequences, and of less than one.
-    EXPECT_DOUBLE_EQ(arithmetic_times(g, {{200}}, rules, 1)[0].attention,
+    EXPECT_DOUBLE_EQ(costs({{200}}, {.layers = L})({Part::attention, Pass::F, 0, 0}),
                      (2 * attention_flops(g, 0, 96) + attention_flops(g, 0, 8)) / 18);
+}
+
+// Each rate counts where it should, efficiency divides it, a tensor-parallel group divides the work and gathers.
+TEST(Costs, FollowTheCluster) {
+    const int64_t N = 1000, C = 64;
+    const GptConfig g{.layers = 4, .channels = C, .heads = 4, .context = N, .vocab = 100, .padded_vocab = 128};
+    const std::vector<ChunkShape> chunks(2, ChunkShape{N});
+    const auto ms = [&](const Cluster& c, const Op& op, const TensorRules& rules = {.layers = 4}) {
+        return OpCosts(c, element_sizes("bf16"), g, chunks, rules)(op);
+    };
+    Cluster c = cluster_of_rate(1e3);
+    const double qkv = 6.0 * N * C * C / 1e9, attention = 2.0 * N * N * C / 1e9;
+    EXPECT_DOUBLE_EQ(ms(c, {Part::pre, Pass::F, 0, 0}), qkv);
+    EXPECT_DOUBLE_EQ(ms(c, {Part::attention, Pass::F, 0, 0}), attention);
+    c.matrix_tflops = 2, c.attention_forward_tflops = 4, c.attention_backward_tflops = 5;
+    EXPECT_DOUBLE_EQ(ms(c, {Part::pre, Pass::F, 0, 0}), qkv / 2);
+    EXPECT_DOUBLE_EQ(ms(c, {Part::attention, Pass::F, 0, 0}), attention / 4);
+    EXPECT_DOUBLE_EQ(ms(c, {Part::attention, Pass::B, 0, 0}), 2.5 * attention / 5);
+    c.matrix_efficiency = {{100, 10000}, {0.25, 0.75}}, c.attention_efficiency = {{1}, {0.1}};
+    EXPECT_DOUBLE_EQ(ms(c, {Part::pre, Pass::F, 0, 0}), qkv / 2 / 0.5);
+    EXPECT_DOUBLE_EQ(ms(c, {Part::attention, Pass::F, 0, 0}), attention / 4 / 0.1);
+
+    c = cluster_of_rate(1e3);
+    c.memory_bandwidth = 1;  // LayerNorm reads a row of the residual stream and writes one
+    EXPECT_DOUBLE_EQ(ms(c, {Part::pre, Pass::F, 0, 0}), qkv + 4.0 * N * C / 1e6);
+    const TensorRules moved{4, true, Recompute::none, true, true};
+    EXPECT_DOUBLE_EQ(ms(c, {Part::pre, Pass::F, 0, 0}, moved), 4.0 * N * C / 1e6);
+    EXPECT_DOUBLE_EQ(ms(c, {Part::attention, Pass::F, 0, 0}, moved), qkv + attention);
+
+    c = cluster_of_rate(1e3);
+    c.tp = 4, c.inside = {10, 7};  // ring of four: three steps, three quarters of [N, C]
+    const double gather = 3 * 7e-3 + 0.75 * 2.0 * N * C / 1e7;
+    EXPECT_DOUBLE_EQ(ms(c, {Part::pre, Pass::F, 0, 0}), qkv / 4 + gather);
+    EXPECT_DOUBLE_EQ(ms(c, {Part::pre, Pass::B, 0, 0}), 2 * qkv / 4 + 2 * gather);
+    EXPECT_DOUBLE_EQ(ms(c, {Part::post, Pass::F, 0, 0}), 3 * qkv / 4 + 3 * gather);
+    EXPECT_DOUBLE_EQ(ms(c, {Part::post, Pass::B, 0, 0}), 6 * qkv / 4 + 4 * gather);
+    EXPECT_DOUBLE_EQ(ms(c, {Part::attention, Pass::B, 0, 0}), 2.5 * attention / 4);
+}
+
+// Messages have the elements of the cluster, not of this build; each device sends its share over its own link.
+TEST(Costs, Messages) {
+    const int64_t N = 1024, C = 64;
+    const GptConfig g{.layers = 4, .channels = C, .heads = 4, .context = N, .vocab = 100, .padded_vocab = 128};
+    Cluster c = cluster_of_rate(1);
+    c.tp = 2, c.devices = 16, c.devices_per_node = 8, c.inside = {100, 1}, c.between = {10, 5};
+    const TensorRules moved{4, true, Recompute::none, true, true};
+    const OpCosts costs(c, element_sizes("bf16"), g, {{N}}, moved);
+    Op x{Part::pre, Pass::F, 1, 0, false, Kind::send, 3};
+    const Op dx{Part::attention, Pass::B, 1, 0, false, Kind::send, 3};
+    const int64_t rows = 2 * N * C, weights = 3 * C * C + 3 * C;
+    EXPECT_EQ(costs.message_bytes(x), 2 * rows + 2 * weights);
+    EXPECT_EQ(costs.message_bytes(dx), 2 * rows + 4 * weights);
+    EXPECT_DOUBLE_EQ(costs.message_ms(x, 0), 1e-3 + double(2 * rows + 2 * weights) / 2 / 1e8);
+    x.peer = 4;  // in the other node
+    EXPECT_DOUBLE_EQ(costs.message_ms(x, 0), 5e-3 + double(2 * rows + 2 * weights) / 2 / 1e7);
+    EXPECT_EQ(OpCosts(c, element_sizes("fp32"), g, {{N}}, moved).message_bytes(x), 4 * rows + 4 * weights);
 }
 
 TEST(Costs, GivenTimes) {
     const auto op = [](Part part, Pass pass, bool split = false) { return Op{part, pass, 1, 0, split}; };
-    const OpTimes times{{{1, 6, 3}}, 2, {.layers = 2}};
+    const OpTimes times{{1, 6, 3}, {.layers = 2}};
     EXPECT_EQ(times(op(Part::pre, Pass::F)), 1);
     EXPECT_EQ(times(op(Part::pre, Pass::B)), 2);
     EXPECT_EQ(times(op(Part::pre, Pass::B, true)) + times(op(Part::pre, Pass::W)), 2);

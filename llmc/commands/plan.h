@@ -1,5 +1,5 @@
 // `plan`: what a schedule would do, without running it. Lists, memory and messages are those of training; times come
-// from --times or from the arithmetic and the machine's measured peak, and messages take none.
+// from --times, from a cluster or from the arithmetic and the machine's measured peak.
 #pragma once
 
 #include <cstdlib>
@@ -91,7 +91,7 @@ inline std::string step_tables(const PlannedStep& step, const Timeline& timeline
                                {"chunks", std::to_string(step.input.chunks) + " of " +
                                               std::to_string(step.options.chunk_tokens) + " tokens"},
                                {"times", times},
-                               {"step", ms(timeline.makespan) + " ms, without communication and the optimizer"},
+                               {"step", ms(timeline.makespan) + " ms, without the optimizer"},
                                {"bubble", ms(timeline.bubble()) + " ms of the busiest rank, " +
                                               format("%.1f %%", 100 * timeline.mean_bubble() / timeline.makespan) +
                                               " of all ranks' time"}}) +
@@ -174,23 +174,40 @@ inline std::string step_json(const PlannedStep& step, const std::vector<std::vec
     return json_text(more, -1);
 }
 
-// How long the ops of a step take, as the flags have it.
+// How long the ops and messages of a step take, as the flags have it.
 struct PlannedTimes {
-    OpTimes ops;
+    std::function<double(const Op&)> op_ms;
+    std::function<double(const Op& send, int rank)> message_ms;
     std::string text;  // where they come from
 };
 
-// `gflops`: the measured peak of a rank; without --times it counts.
+// Whether nothing else tells how fast a rank is.
+inline bool needs_peak(const Config& c) { return c.plan.times.empty() && c.plan.cluster.empty(); }
+
+// `gflops`: the measured peak of a rank.
 inline PlannedTimes planned_times(const Config& c, const PlannedStep& step, double gflops) {
-    PlannedTimes times{{{}, 2, step.rules()}, "forward " + c.plan.times + " ms for pre, attention, post"};
-    if (const std::vector<double> given = forward_times(c.plan.times); !given.empty()) {
-        times.ops.forward.assign(step.chunks.size(), {given[0], given[1], given[2]});
-    } else {
-        times.ops.forward = arithmetic_times(step.options.model, step.chunks, step.rules(), 1e6 * gflops);
-        times.ops.attention_backward = 2.5;  // five products for two: scores are computed again
-        times.text = format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak)";
-    }
-    return times;
+    const auto free = [](const Op&, int) { return 0.0; };
+    if (const std::vector<double> given = forward_times(c.plan.times); !given.empty())
+        return {OpTimes{{given[0], given[1], given[2]}, step.rules()}, free,
+                "forward " + c.plan.times + " ms for pre, attention, post; messages take none"};
+    const auto costs = [&](const Cluster& cluster, const ElementSizes& sizes) {
+        return OpCosts(cluster, sizes, step.options.model, step.chunks, step.rules(), step.options.mlp_chunk,
+                       step.options.head_chunk);
+    };
+    if (c.plan.cluster.empty())
+        return {
+            costs(cluster_of_rate(gflops), sizes_of<BuildTypes>()), free,
+            format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak); messages take none"};
+    const Cluster cluster = read_cluster(c.plan.cluster);
+    if (step.input.ranks > cluster.ranks())
+        throw Failure(EXIT_CONFIG, "--ranks " + std::to_string(step.input.ranks) + ", --cluster " + c.plan.cluster +
+                                       ": it has " + std::to_string(cluster.devices) + " devices, " +
+                                       std::to_string(cluster.tp) + " behind each rank; use --ranks " +
+                                       std::to_string(cluster.ranks()));
+    const auto on_cluster = std::make_shared<OpCosts>(costs(cluster, element_sizes(cluster.precision)));
+    return {[on_cluster](const Op& op) { return (*on_cluster)(op); },
+            [on_cluster](const Op& send, int rank) { return on_cluster->message_ms(send, rank); },
+            "those of " + cluster.name + ", messages by its links"};
 }
 
 // `options` are those that training would have.
@@ -206,8 +223,8 @@ inline int plan_command(const Config& c, const RankOptions& options) {
         return 0;
     }
 
-    const PlannedTimes times = planned_times(c, step, c.plan.times.empty() ? measure_matrix_peak(c.threads()) : 0);
-    const Timeline timeline = simulate(step.lists, step.input, times.ops, [](const Op&) { return 0.0; });
+    const PlannedTimes times = planned_times(c, step, needs_peak(c) ? measure_matrix_peak(c.threads()) : 0);
+    const Timeline timeline = simulate(step.lists, step.input, times.op_ms, times.message_ms);
     const Picture picture{printed("%s, ranks %d, layers %d, chunks %d", step.options.schedule_name().c_str(),
                                   step.input.ranks, step.input.layers, chunks),
                           planned_events(step.lists, timeline, [&](const Op& op) { return step.message_bytes(op); })};

@@ -77,12 +77,17 @@ inline int rehearse_command(const Config& c, const RankOptions& options, Team& t
     const PlannedStep step(options, int(planned_chunks(c)));
     const int p = step.input.ranks;
     double gflops = 0;  // measured by one process, known to all
-    if (c.plan.times.empty() && team.speaks()) gflops = measure_matrix_peak(c.threads());
+    if (needs_peak(c) && team.speaks()) gflops = measure_matrix_peak(c.threads());
     team.processes().sum({&gflops, 1});
     const PlannedTimes times = planned_times(c, step, gflops);
     const double scale = c.rehearse.time_scale;
-    const auto op_ms = [&](const Op& op) { return scale * times.ops(op); };
-    const auto message_ms = [](const Op&) { return 0.0; };
+    const auto op_ms = [&](const Op& op) { return scale * times.op_ms(op); };
+    const auto message_ms = [&](const Op& send, int rank) { return scale * times.message_ms(send, rank); };
+    const auto ms = [&](Op op, int rank) {  // of op of a rank's list; a receive takes as long as its send
+        if (op.kind == Kind::compute) return op_ms(op);
+        if (op.kind == Kind::receive) std::swap(op.peer, rank);
+        return message_ms(op, rank);
+    };
     const Timeline timeline = simulate(step.lists, step.input, op_ms, message_ms);
     double shortest = INFINITY, longest = 0;  // of the ops that take any time
     for (const std::vector<Op>& list : step.lists)
@@ -100,7 +105,7 @@ inline int rehearse_command(const Config& c, const RankOptions& options, Team& t
         transport.progress.least_limit = patience;
         const Plan plan = step.plan_of(transport.rank);
         std::vector<double> seconds;
-        for (const Op& op : plan.ops) seconds.push_back(1e-3 * (op.kind == Kind::compute ? op_ms(op) : message_ms(op)));
+        for (const Op& op : plan.ops) seconds.push_back(1e-3 * ms(op, transport.rank));
         RehearsingRank rank(transport, plan, std::move(seconds), team.launch.ranks > 1 ? nullptr : &links);
         auto measured = rehearse(rank, transport, c.rehearse.repeats);
         if (transport.rank == 0) steps = std::move(measured);

@@ -53,7 +53,7 @@ struct Config {
         int64_t ranks = 1;
         std::string schedule = "1f1b";
         int64_t folds = 2, virtual_stages = 0;
-        std::string qkv_move = "on";
+        std::string qkv_move = "once", norm_move = "on", spread_head = "on";
         int64_t hang_timeout = 600;  // seconds
     } parallel;
     struct {
@@ -81,7 +81,7 @@ struct Config {
     } tokenize;
     struct {
         std::string print = "table", draw;  // draw: a file
-        std::string times;
+        std::string times, cluster;
         int64_t chunks = 0;
     } plan;
     struct {
@@ -227,7 +227,14 @@ inline const std::vector<Flag>& flag_table() {
         {"virtual-stages", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(parallel, virtual_stages),
          "interleaved: stages a rank, 0 = as many as there are layers for", {0, 10000}},
         {"qkv-move", TRAIN | PLAN | REHEARSE, IN(parallel, qkv_move),
-         "helix: send weights for queries, keys and values, not the products", {.choices = "on|off"}},
+         "helix: send weights for queries, keys and values, not the products: once a step, with every chunk, or off",
+         {.choices = "once|on|off"}},
+        {"norm-move", TRAIN | PLAN | REHEARSE, IN(parallel, norm_move),
+         "helix: the LayerNorm before them runs with the attention, too, which halves what is kept",
+         {.choices = "on|off"}},
+        {"spread-head", TRAIN | EVAL | PLAN | REHEARSE, IN(parallel, spread_head),
+         "helix: every rank runs the last post and the head for the chunks whose last attention it ran",
+         {.choices = "on|off"}},
         {"hang-timeout", TRAIN | GENERATE | EVAL | REHEARSE, IN(parallel, hang_timeout),
          "seconds after which a rank that does not go on is given up, before op times are known", {1, 1 << 30}},
 
@@ -269,6 +276,8 @@ inline const std::vector<Flag>& flag_table() {
         {"chunks", PLAN | REHEARSE, IN(plan, chunks), "chunks a step, 0 = those of --batch-tokens", count},
         {"times", PLAN | REHEARSE, IN(plan, times),
          "forward times of pre,attention,post, such as 1,4,3; none = from the FLOPs"},
+        {"cluster", PLAN | REHEARSE, IN(plan, cluster),
+         "times of ops and messages on this hardware: a description in dev/clusters, or a path; none = this machine"},
         {"time-scale", REHEARSE, IN(rehearse, time_scale), "all times are multiplied by it", positive},
         {"repeats", REHEARSE, IN(rehearse, repeats), "steps; the one of the median time is reported", {1, 10000}},
         {"json", PLAN | REHEARSE | DOCTOR, "output", [](Config& c) -> Field { return &c.json; }, "print one JSON object instead of tables"},

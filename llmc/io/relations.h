@@ -142,6 +142,15 @@ inline const std::vector<Relation>& relation_table() {
             if (c.plan.times.empty() || !forward_times(c.plan.times).empty()) return "";
             return "three times in ms, of pre, attention and post, not all 0; use --times 1,4,3";
         }},
+        {PLAN | REHEARSE, {"times", "cluster"}, [](const Config& c) -> string {
+            if (c.plan.times.empty() || c.plan.cluster.empty()) return "";
+            return "times come from one of them; leave out --times or --cluster";
+        }},
+#ifdef USE_CUDA
+        {REHEARSE, {"ranks"}, [](const Config&) -> string {
+            return "a rehearsal sleeps in place of kernels and needs no GPU; use a program built by make DEVICE=cpu";
+        }},
+#endif
         {PLAN | REHEARSE, {"chunks", "batch-tokens", "chunk-tokens", "layers"}, [](const Config& c) -> string {
             constexpr int64_t most = 1'000'000;
             if (!c.data.chunk_tokens || planned_chunks(c) <= most / (6 * c.model.layers + 2)) return "";

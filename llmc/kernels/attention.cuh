@@ -3,10 +3,11 @@
 //   s_ij = scale q_i . k_j  for j <= context + i      scale = 1/sqrt(HS), i a query of the segment, j one of its keys
 //   p_ij = exp(s_ij - lse_i)                          lse_i = log sum_j exp(s_ij)
 //   o_i  = sum_j p_ij v_j
-//   dv_j = sum_i p_ij do_i     dp_ij = do_i . v_j     ds_ij = p_ij (dp_ij - D_i)     D_i = sum_j p_ij dp_ij = do_i .
-//   o_i dq_i = scale sum_j ds_ij k_j                      dk_j = scale sum_i ds_ij q_i
+//   D_i  = sum_j p_ij dp_ij = do_i . o_i
+//   dv_j = sum_i p_ij do_i      dp_ij = do_i . v_j    ds_ij = p_ij (dp_ij - D_i)
+//   dq_i = scale sum_j ds_ij k_j                      dk_j = scale sum_i ds_ij q_i
 //
-// The model calls attention_forward and attention_backward at the end of this file.
+// The model calls attention_forward, attention_backward and attention_delta (D by itself) at the end of this file.
 #pragma once
 
 #include <algorithm>
@@ -78,6 +79,15 @@ S attention_dot(const X* a, const X* b, int64_t n) {
     return sum;
 }
 
+// D_i of one head.
+template <class S, class X>
+S attention_delta_of(const X* d_out, const X* out, int64_t HS) {
+    S sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < HS; c++) sum += S(d_out[c]) * S(out[c]);
+    return sum;
+}
+
 template <class X, class S>
 void attention_forward_reference(const Device& device, Matrix<X> out, Matrix<S> lse, Matrix<const X> q,
                                  std::span<const AttentionSegmentOf<X, S>> segments, int heads) {
@@ -109,7 +119,8 @@ void attention_forward_reference(const Device& device, Matrix<X> out, Matrix<S> 
 template <class X, class S>
 void attention_backward_reference(const Device& device, Matrix<X> dq, Matrix<const X> dout, Matrix<const X> out,
                                   Matrix<const X> q, Matrix<const S> lse,
-                                  std::span<const AttentionSegmentOf<X, S>> segments, int heads) {
+                                  std::span<const AttentionSegmentOf<X, S>> segments, int heads,
+                                  Matrix<const S> delta = {}) {
     const int64_t HS = q.cols / heads;
     const S scale = S(1) / std::sqrt(S(HS));
     S* sums = device.scratch_as<S>(size_t(device.threads) * 2 * HS);
@@ -123,7 +134,8 @@ void attention_backward_reference(const Device& device, Matrix<X> dq, Matrix<con
             const X* dout_i = dout.row(row) + h * HS;
             const S p = std::exp(scale * attention_dot<S>(q.row(row) + h * HS, segment.k + key, HS) - lse.row(row)[h]);
             const S dp = attention_dot<S>(dout_i, segment.v + key, HS);
-            return {p, p * (dp - attention_dot<S>(dout_i, out.row(row) + h * HS, HS))};
+            return {p, p * (dp - (delta.rows ? delta.row(row)[h]
+                                             : attention_delta_of<S>(dout_i, out.row(row) + h * HS, HS)))};
         };
 #pragma omp parallel num_threads(device.threads)
         {
@@ -207,11 +219,11 @@ inline void attention_forward(const Device& device, Matrix<floatX> out /*[N,C]*/
 inline void attention_backward(const Device& device, Matrix<floatX> dq /*[N,C]*/, Matrix<const floatX> dout /*[N,C]*/,
                                Matrix<const floatX> out /*[N,C]*/, Matrix<const floatX> q /*[N,C]*/,
                                Matrix<const floatS> lse /*[N,NH]*/, std::span<const AttentionSegment> segments,
-                               int heads, Isa isa = cpu_isa()) {
+                               int heads, Isa isa = cpu_isa(), Matrix<const floatS> delta = {}) {
     attention_dispatch(isa, [&]<class Blocks>() {
         if constexpr (std::is_void_v<Blocks>)
-            attention_backward_reference<floatX, floatS>(device, dq, dout, out, q, lse, segments, heads);
-        else attention_backward_blocks<Blocks>(device, dq, dout, out, q, lse, segments, heads);
+            attention_backward_reference<floatX, floatS>(device, dq, dout, out, q, lse, segments, heads, delta);
+        else attention_backward_blocks<Blocks>(device, dq, dout, out, q, lse, segments, heads, delta);
     });
 }
 
@@ -239,12 +251,14 @@ inline void attention_forward(const Device& device, Matrix<floatX> out /*[N,C]*/
     attention_forward(device, out, lse, qkv.column_range(0, out.cols), attention_segments(segments, qkv, store), heads);
 }
 
-// The gradients of keys and values are written to d_qkv; those of a slice are added to d_store, in fp32.
+// The gradients of keys and values are written to d_qkv; those of a slice are added to d_store, in fp32. Where D is
+// known as `delta` [N,NH], `out` is not read.
 inline void attention_backward(const Device& device, Matrix<floatX> d_qkv /*[N,3C]*/, Matrix<floatS> d_store /*[T,2C]*/,
                                Matrix<const floatX> d_out /*[N,C]*/, Matrix<const floatX> out /*[N,C]*/,
                                Matrix<const floatS> lse /*[N,NH]*/, Matrix<const floatX> qkv /*[N,3C]*/,
-                               Matrix<const floatX> store /*[T,2C]*/, const Segments& segments, int heads) {
-    const int64_t C = out.cols;
+                               Matrix<const floatX> store /*[T,2C]*/, const Segments& segments, int heads,
+                               Matrix<const floatS> delta = {}) {
+    const int64_t C = d_out.cols;
     std::vector<AttentionSegment> list = attention_segments(segments, qkv, store);
     for (size_t i = 0; i < list.size(); i++) {
         AttentionSegment& s = list[i];
@@ -258,7 +272,17 @@ inline void attention_backward(const Device& device, Matrix<floatX> d_qkv /*[N,3
             s.dkv_stride = d_qkv.stride;
         }
     }
-    attention_backward(device, d_qkv.column_range(0, C), d_out, out, qkv.column_range(0, C), lse, list, heads);
+    attention_backward(device, d_qkv.column_range(0, C), d_out, out, qkv.column_range(0, C), lse, list, heads,
+                       cpu_isa(), delta);
+}
+
+inline void attention_delta(const Device& device, Matrix<floatS> delta /*[N,NH]*/, Matrix<const floatX> d_out /*[N,C]*/,
+                            Matrix<const floatX> out /*[N,C]*/) {
+    const int64_t HS = out.cols / delta.cols;
+#pragma omp parallel for schedule(static) num_threads(device.threads)
+    for (int64_t i = 0; i < out.rows; i++)
+        for (int64_t h = 0; h < delta.cols; h++)
+            delta.row(i)[h] = attention_delta_of<floatS>(d_out.row(i) + h * HS, out.row(i) + h * HS, HS);
 }
 
 #else
@@ -329,9 +353,9 @@ inline std::vector<AttentionTile> attention_tiles(std::span<const SegmentRows> r
     return queries;
 }
 
-// D = rowsum(d_out * out) of each head; one thread each.
-__global__ void attention_dot_kernel(float* D /*[N,NH]*/, Matrix<const floatX> d_out, Matrix<const floatX> out,
-                                     int heads, int head_size) {
+// One thread for each D.
+__global__ void attention_delta_kernel(float* D /*[N,NH]*/, Matrix<const floatX> d_out, Matrix<const floatX> out,
+                                       int heads, int head_size) {
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= out.rows * heads) return;
     const int64_t row = i / heads, column = i % heads * head_size;
@@ -341,6 +365,12 @@ __global__ void attention_dot_kernel(float* D /*[N,NH]*/, Matrix<const floatX> d
         for (int e = 0; e < PACK; e++) sum += a[e] * b[e];
     }
     D[i] = sum;
+}
+
+inline void attention_delta(const Device& device, Matrix<floatS> delta /*[N,NH]*/, Matrix<const floatX> d_out /*[N,C]*/,
+                            Matrix<const floatX> out /*[N,C]*/) {
+    launch(attention_delta_kernel, dim3(unsigned(ceil_div(delta.size(), 256))), 256, 0, device.stream, delta.data,
+           d_out, out, int(delta.cols), int(out.cols / delta.cols));
 }
 
 // Bytes of device.scratch that both directions need for chunks of up to `tokens` tokens: D.
@@ -375,11 +405,13 @@ inline void attention_forward(const Device& device, Matrix<floatX> out /*[N,C]*/
     });
 }
 
-// The gradients of keys and values are written to d_qkv; those of a slice are added to d_store, in fp32.
+// The gradients of keys and values are written to d_qkv; those of a slice are added to d_store, in fp32. Where D is
+// known as `delta` [N,NH], `out` is not read.
 inline void attention_backward(const Device& device, Matrix<floatX> d_qkv /*[N,3C]*/, Matrix<floatS> d_store /*[T,2C]*/,
                                Matrix<const floatX> d_out /*[N,C]*/, Matrix<const floatX> out /*[N,C]*/,
                                Matrix<const floatS> lse /*[N,NH]*/, Matrix<const floatX> qkv /*[N,3C]*/,
-                               Matrix<const floatX> store /*[T,2C]*/, const Segments& segments, int heads) {
+                               Matrix<const floatX> store /*[T,2C]*/, const Segments& segments, int heads,
+                               Matrix<const floatS> delta = {}) {
 #ifdef USE_CUDNN
     if (device.cudnn) {  // which rounds the gradients of one slice to bf16 before they are added
         const int64_t workspace = round_up(cudnn_workspace_bytes(device.cudnn->shape), 256);
@@ -394,11 +426,11 @@ inline void attention_backward(const Device& device, Matrix<floatX> d_qkv /*[N,3
         return;
     }
 #endif
-    const AttentionInputs in{qkv, store, heads, int(out.cols / heads)};
+    const AttentionInputs in{qkv, store, heads, int(d_out.cols / heads)};
     const int64_t query_tiles = attention_query_tiles(segments.rows), key_tiles = attention_key_tiles(segments.rows);
-    float* D = device.scratch_as<float>(size_t(out.rows) * heads);
-    launch(attention_dot_kernel, dim3(unsigned(ceil_div(out.rows * heads, 256))), 256, 0, device.stream, D, d_out, out,
-           heads, in.head_size);
+    float* scratch = device.scratch_as<float>(size_t(d_out.rows) * heads);
+    const float* D = delta.rows ? delta.data : scratch;
+    if (!delta.rows) attention_delta(device, {scratch, d_out.rows, heads}, d_out, out);
     attention_dispatch(in.head_size, [&]<int W>() {
         launch(attention_backward_queries_kernel<W>, dim3(unsigned(query_tiles), unsigned(heads)), ATTENTION_THREADS,
                attention_backward_queries_bytes<W>, device.stream, d_qkv, d_out, lse, D, in, segments.tiles);

@@ -318,7 +318,7 @@ void attention_forward_blocks(const Device& device, Matrix<floatX> out, Matrix<f
 template <class Blocks>
 void attention_backward_blocks(const Device& device, Matrix<floatX> dq, Matrix<const floatX> dout,
                                Matrix<const floatX> out, Matrix<const floatX> q, Matrix<const floatS> lse,
-                               std::span<const AttentionSegment> segments, int heads) {
+                               std::span<const AttentionSegment> segments, int heads, Matrix<const floatS> delta) {
     using Backward = AttentionBackward<Blocks>;
     constexpr int64_t panel = Backward::panel;
     const int64_t HS = q.cols / heads, width = round_up(HS, Blocks::width_multiple), N = q.rows;
@@ -346,11 +346,8 @@ void attention_backward_blocks(const Device& device, Matrix<floatX> dq, Matrix<c
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < N; i++)
             for (int h = 0; h < heads; h++) {
-                const floatX *a = dout.row(i) + h * HS, *b = out.row(i) + h * HS;
-                float sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t c = 0; c < HS; c++) sum += float(a[c]) * float(b[c]);
-                D[h * N + i] = sum;
+                D[h * N + i] = delta.rows ? delta.row(i)[h]
+                                          : attention_delta_of<float>(dout.row(i) + h * HS, out.row(i) + h * HS, HS);
                 lse_powers[h * N + i] = lse.row(i)[h] * float(std::numbers::log2e);
             }
         work.for_each_head([&](const AttentionSegment& s, int h, auto owner) {

@@ -7,6 +7,13 @@
 #include "llmc/device.h"
 #include "llmc/model/gpt.h"
 
+// The storage types that tensors are made of: those of this build, or those of a program that is planned for.
+struct BuildTypes {
+    using X = floatX;
+    using R = floatR;
+    using S = floatS;
+};
+
 // Hands out 64-byte aligned views from a block of memory. Without a block it only counts.
 struct Allocator {
     std::byte* base = nullptr;
@@ -44,36 +51,47 @@ struct RowsTensor {
 };
 
 // Mean and reciprocal standard deviation of the rows that a LayerNorm has seen.
-struct NormStatistics {
-    floatS *mean = nullptr, *rstd = nullptr;  // [N]
-    NormStatistics() = default;
-    NormStatistics(Allocator& a, int64_t N) : mean(a.take<floatS>(N)), rstd(a.take<floatS>(N)) {}
+template <class Types>
+struct NormStatisticsOf {
+    using S = typename Types::S;
+    S *mean = nullptr, *rstd = nullptr;  // [N]
+    NormStatisticsOf() = default;
+    NormStatisticsOf(Allocator& a, int64_t N) : mean(a.take<S>(N)), rstd(a.take<S>(N)) {}
 };
+using NormStatistics = NormStatisticsOf<BuildTypes>;
 
-// Weights (floatX) for queries, keys and values as they travel to an attention, or their gradients (floatS) back.
+// The weights of pre_attention (floatX) as they travel to an attention, or their gradients (floatS) back. Those of the
+// LayerNorm count only where it moves, too.
 template <class T>
-struct QkvWeights {
-    T *weight, *bias;  // [3C, C], [3C]
-    QkvWeights(T* weight, T* bias) : weight(weight), bias(bias) {}
-    QkvWeights(Allocator& a, const GptConfig& g)
-        : weight(a.take<T>(3 * g.channels * g.channels)), bias(a.take<T>(3 * g.channels)) {}
+struct MovedWeights {
+    LayerTensors<T> tensors{};
+    MovedWeights(Allocator& a, const GptConfig& g) {
+        tensors.ln1_weight = a.take<T>(g.channels);
+        tensors.ln1_bias = a.take<T>(g.channels);
+        tensors.qkv_weight = a.take<T>(3 * g.channels * g.channels);
+        tensors.qkv_bias = a.take<T>(3 * g.channels);
+    }
 };
 
-struct PostActivations {
-    Matrix<floatR> residual;  // [N, C], input of the second LayerNorm
-    Matrix<floatX> ln2;       // [N, C]
-    floatS *mean, *rstd;      // [N]
-    Matrix<floatX> fc, gelu;  // [N, 4C], before and after GELU
-    PostActivations(Allocator& a, int64_t N, const GptConfig& g)
-        : residual(a.take<floatR>(N, g.channels)),
-          ln2(a.take<floatX>(N, g.channels)),
-          mean(a.take<floatS>(N)),
-          rstd(a.take<floatS>(N)),
-          fc(a.take<floatX>(N, 4 * g.channels)),
-          gelu(a.take<floatX>(N, 4 * g.channels)) {}
+template <class Types>
+struct PostActivationsOf {
+    using X = typename Types::X;
+    using R = typename Types::R;
+    using S = typename Types::S;
+    Matrix<R> residual;  // [N, C], input of the second LayerNorm
+    Matrix<X> ln2;       // [N, C]
+    S *mean, *rstd;      // [N]
+    Matrix<X> fc, gelu;  // [N, 4C], before and after GELU
+    PostActivationsOf(Allocator& a, int64_t N, const GptConfig& g)
+        : residual(a.take<R>(N, g.channels)),
+          ln2(a.take<X>(N, g.channels)),
+          mean(a.take<S>(N)),
+          rstd(a.take<S>(N)),
+          fc(a.take<X>(N, 4 * g.channels)),
+          gelu(a.take<X>(N, 4 * g.channels)) {}
 
-    PostActivations row_range(int64_t begin, int64_t count) const {
-        PostActivations part = *this;
+    PostActivationsOf row_range(int64_t begin, int64_t count) const {
+        PostActivationsOf part = *this;
         part.residual = residual.row_range(begin, count);
         part.ln2 = ln2.row_range(begin, count);
         part.mean += begin;
@@ -83,63 +101,79 @@ struct PostActivations {
         return part;
     }
 };
+using PostActivations = PostActivationsOf<BuildTypes>;
 
 // What a split backward of post_attention leaves for the gradients of its weights: gradients of the layer's output, of
 // the residual stream between attention and MLP, and, unless it is recomputed, of the value before GELU.
-struct PostGradients {
-    Matrix<floatX> d_out, d_middle;  // [N, C]
-    Matrix<floatX> d_fc;             // [N, 4C], or no rows
-    PostGradients(Allocator& a, int64_t N, const GptConfig& g, bool keep_fc)
-        : d_out(a.take<floatX>(N, g.channels)),
-          d_middle(a.take<floatX>(N, g.channels)),
-          d_fc(a.take<floatX>(keep_fc ? N : 0, 4 * g.channels)) {}
+template <class Types>
+struct PostGradientsOf {
+    using X = typename Types::X;
+    Matrix<X> d_out, d_middle;  // [N, C]
+    Matrix<X> d_fc;             // [N, 4C], or no rows
+    PostGradientsOf(Allocator& a, int64_t N, const GptConfig& g, bool keep_fc)
+        : d_out(a.take<X>(N, g.channels)),
+          d_middle(a.take<X>(N, g.channels)),
+          d_fc(a.take<X>(keep_fc ? N : 0, 4 * g.channels)) {}
 };
+using PostGradients = PostGradientsOf<BuildTypes>;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensors that live inside one op: the workspace. n is the number of rows that the op handles at a time.
 
-struct PostWorkspace {
-    PostActivations activations;
-    Matrix<floatX> branch;  // [n, C], output of the projection, then of the MLP, before it joins the residual stream
-    Matrix<floatX> d_residual;  // [n, C], gradient of the residual stream as matrix products read it
-    Matrix<floatX> d_fc;        // [n, 4C]
-    Matrix<floatX> d_ln2;       // [n, C]
-    Matrix<floatR> output;      // [n, C], the layer's output where the next layer's pre_attention needs it again,
-    NormStatistics norm;        // and the statistics of the LayerNorm there
-    PostWorkspace(Allocator& a, int64_t n, const GptConfig& g)
+template <class Types>
+struct PostWorkspaceOf {
+    using X = typename Types::X;
+    using R = typename Types::R;
+    PostActivationsOf<Types> activations;
+    Matrix<X> branch;      // [n, C], output of the projection, then of the MLP, before it joins the residual stream
+    Matrix<X> d_residual;  // [n, C], gradient of the residual stream as matrix products read it
+    Matrix<X> d_fc;        // [n, 4C]
+    Matrix<X> d_ln2;       // [n, C]
+    Matrix<R> output;      // [n, C], the layer's output where the next layer's pre_attention needs it again,
+    NormStatisticsOf<Types> norm;  // and the statistics of the LayerNorm there
+    PostWorkspaceOf(Allocator& a, int64_t n, const GptConfig& g)
         : activations(a, n, g),
-          branch(a.take<floatX>(n, g.channels)),
-          d_residual(a.take<floatX>(n, g.channels)),
-          d_fc(a.take<floatX>(n, 4 * g.channels)),
-          d_ln2(a.take<floatX>(n, g.channels)),
-          output(a.take<floatR>(n, g.channels)),
+          branch(a.take<X>(n, g.channels)),
+          d_residual(a.take<X>(n, g.channels)),
+          d_fc(a.take<X>(n, 4 * g.channels)),
+          d_ln2(a.take<X>(n, g.channels)),
+          output(a.take<R>(n, g.channels)),
           norm(a, n) {}
 };
+using PostWorkspace = PostWorkspaceOf<BuildTypes>;
 
-struct PreWorkspace {
-    Matrix<floatX> d_ln1;  // [n, C]
-    PreWorkspace(Allocator& a, int64_t n, const GptConfig& g) : d_ln1(a.take<floatX>(n, g.channels)) {}
+template <class Types>
+struct PreWorkspaceOf {
+    using X = typename Types::X;
+    Matrix<X> d_ln1;  // [n, C]
+    PreWorkspaceOf(Allocator& a, int64_t n, const GptConfig& g) : d_ln1(a.take<X>(n, g.channels)) {}
 };
+using PreWorkspace = PreWorkspaceOf<BuildTypes>;
 
-struct HeadWorkspace {
-    Matrix<floatX> ln, d_ln;  // [n, C]
-    floatS *mean, *rstd;      // [n]
-    Matrix<floatX> logits;    // [n, Vp], overwritten by their gradient
-    floatS* losses;           // [n]
-    HeadWorkspace(Allocator& a, int64_t n, const GptConfig& g)
-        : ln(a.take<floatX>(n, g.channels)),
-          d_ln(a.take<floatX>(n, g.channels)),
-          mean(a.take<floatS>(n)),
-          rstd(a.take<floatS>(n)),
-          logits(a.take<floatX>(n, g.padded_vocab)),
-          losses(a.take<floatS>(n)) {}
+template <class Types>
+struct HeadWorkspaceOf {
+    using X = typename Types::X;
+    using S = typename Types::S;
+    Matrix<X> ln, d_ln;  // [n, C]
+    S *mean, *rstd;      // [n]
+    Matrix<X> logits;    // [n, Vp], overwritten by their gradient
+    S* losses;           // [n]
+    HeadWorkspaceOf(Allocator& a, int64_t n, const GptConfig& g)
+        : ln(a.take<X>(n, g.channels)),
+          d_ln(a.take<X>(n, g.channels)),
+          mean(a.take<S>(n)),
+          rstd(a.take<S>(n)),
+          logits(a.take<X>(n, g.padded_vocab)),
+          losses(a.take<S>(n)) {}
 };
+using HeadWorkspace = HeadWorkspaceOf<BuildTypes>;
 
 // Rows handled at a time: `chunk`, or all N where chunk is 0.
 inline int64_t rows_at_a_time(int64_t chunk, int64_t N) { return chunk == 0 ? N : std::min(chunk, N); }
 
-inline int64_t workspace_bytes(int64_t N, const GptConfig& g, int64_t mlp_chunk, int64_t head_chunk) {
+template <class Types = BuildTypes>
+int64_t workspace_bytes(int64_t N, const GptConfig& g, int64_t mlp_chunk, int64_t head_chunk) {
     const int64_t n = rows_at_a_time(mlp_chunk, N);
-    return std::max({bytes_of<PostWorkspace>(n, g), bytes_of<PreWorkspace>(n, g),
-                     bytes_of<HeadWorkspace>(rows_at_a_time(head_chunk, N), g)});
+    return std::max({bytes_of<PostWorkspaceOf<Types>>(n, g), bytes_of<PreWorkspaceOf<Types>>(n, g),
+                     bytes_of<HeadWorkspaceOf<Types>>(rows_at_a_time(head_chunk, N), g)});
 }

@@ -107,10 +107,10 @@ inline void pre_attention_backward(BlockContext ctx, const LayerTensors<floatX>&
 }
 
 // The gradients of weight and bias for queries, keys and values are added to `dw`.
-inline void qkv_backward_weight(const BlockContext& ctx, const QkvWeights<floatS>& dw, Matrix<const floatX> d_qkv,
+inline void qkv_backward_weight(const BlockContext& ctx, const LayerTensors<floatS>& dw, Matrix<const floatX> d_qkv,
                                 Matrix<const floatX> ln1) {
     const int64_t C = ctx.config.channels;
-    matmul_backward_weight(ctx.device, {dw.weight, 3 * C, C}, dw.bias, d_qkv, ln1);
+    matmul_backward_weight(ctx.device, {dw.qkv_weight, 3 * C, C}, dw.qkv_bias, d_qkv, ln1);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -128,14 +128,15 @@ inline void attention_block_forward(const BlockContext& ctx, Matrix<floatX> out,
 }
 
 // d_store sums the gradients of all keys and values of a cut sequence, in fp32, while its slices run backward from the
-// last to the first; those of a slice are complete once the slice itself has run. `last_slice` clears it.
+// last to the first; those of a slice are complete once the slice itself has run. `last_slice` clears it. `delta` [N,
+// NH] in place of `out` where that is not here.
 inline void attention_block_backward(const BlockContext& ctx, Matrix<floatX> d_qkv, Matrix<const floatX> d_out,
                                      Matrix<const floatX> out, Matrix<const floatS> lse, Matrix<const floatX> qkv,
                                      Matrix<const floatX> store, Matrix<floatS> d_store, const Segments& segments,
-                                     bool last_slice) {
+                                     bool last_slice, Matrix<const floatS> delta = {}) {
     const int64_t C = ctx.config.channels;
     if (last_slice) fill_zero(ctx.device, d_store);
-    attention_backward(ctx.device, d_qkv, d_store, d_out, out, lse, qkv, store, segments, int(ctx.config.heads));
+    attention_backward(ctx.device, d_qkv, d_store, d_out, out, lse, qkv, store, segments, int(ctx.config.heads), delta);
     for (const SegmentRows& r : segments.rows)
         if (r.sliced)
             copy_rows(ctx.device, d_qkv.row_range(r.begin, r.length).column_range(C, 2 * C),
@@ -207,8 +208,7 @@ inline void post_attention_backward(BlockContext ctx, const LayerTensors<floatX>
             matmul_forward(device, branch, a.gelu, {w.out_weight, C, 4 * C}, w.out_bias);
             residual_forward(device, output, a.residual, branch);
             layernorm_forward(device, ln1, ws.norm.mean, ws.norm.rstd, output, next->w.ln1_weight, next->w.ln1_bias);
-            if (gradient.d_qkv.rows)
-                qkv_backward_weight(ctx, {next->dw.qkv_weight, next->dw.qkv_bias}, gradient.d_qkv, ln1);
+            if (gradient.d_qkv.rows) qkv_backward_weight(ctx, next->dw, gradient.d_qkv, ln1);
             pre_attention_backward_rows(ctx, next->w, next->dw, d_rows, gradient, d_ln2, ws.norm.mean, ws.norm.rstd,
                                         output);
         }

@@ -2,6 +2,7 @@
 // optimizer, checkpoints and tests follow. GPT-2: Radford et al. 2019; GPT-3 sizes: Brown et al. 2020, table 2.1.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -39,7 +40,7 @@ struct Parameter {
     float mean, stddev;  // of the initial values
     int64_t offset = 0;  // of the first element in the flat buffers of weights, gradients and moments
     int index = 0;       // in the table of the whole model
-    bool copy = false;   // a tied embedding beside the head, where another rank has the original
+    bool copy = false;   // another rank has the original, which is saved and counts in the norm of the gradients
 
     int64_t size() const { return rows * cols; }
 };
@@ -87,14 +88,16 @@ inline std::vector<Parameter> parameter_table(const GptConfig& g) {
     return table;
 }
 
-// The parameters that a rank holds: of the parts that it runs, and the tied embedding where it runs the head.
-template <class Runs>  // bool runs(Part, int layer)
-std::vector<Parameter> parameters_of(const GptConfig& g, const Runs& runs) {
+// The parameters that a rank holds, copies first: of the parts that it runs, the tied embedding with the head. Where
+// several ranks run a part, one of them owns its parameters.
+template <class Runs, class Owns>  // bool runs(Part, int layer), owns(Part, int layer)
+std::vector<Parameter> parameters_of(const GptConfig& g, const Runs& runs, const Owns& owns) {
     std::vector<Parameter> held;
     for (Parameter p : parameter_table(g)) {
-        p.copy = !runs(p.part, p.layer);
-        if (!p.copy || (g.tied && p.index == 0 && runs(Part::head, -1))) held.push_back(p);
+        p.copy = !owns(p.part, p.layer);
+        if (runs(p.part, p.layer) || (g.tied && p.index == 0 && runs(Part::head, -1))) held.push_back(p);
     }
+    std::stable_partition(held.begin(), held.end(), [](const Parameter& p) { return p.copy; });
     assign_offsets(held);
     return held;
 }

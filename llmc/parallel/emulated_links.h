@@ -4,8 +4,9 @@
 //
 // The rules are those of llmc/pipeline/simulate.h. A rank's batches are served in order, each until all its messages
 // have arrived; a message can begin once both its ends are served, and does when the sender's egress and the receiver's
-// ingress are free, first come, first served; then both are busy for as long as it is under way. Every time here is one
-// at which an end was posted on the real clock, plus durations of messages.
+// ingress are free, the one that has been ready for longest first; then both are busy for as long as it is under way. A
+// message that takes no time needs neither. Every time here is one at which an end was posted on the real clock, plus
+// durations of messages.
 #pragma once
 
 #include <time.h>
@@ -124,7 +125,8 @@ private:
             const auto [end, message] = *under_way_.begin();
             under_way_.erase(under_way_.begin());
             message->arrived = true;
-            members_[size_t(message->from)].sending = members_[size_t(message->to)].receiving = false;
+            if (message->seconds > 0)
+                members_[size_t(message->from)].sending = members_[size_t(message->to)].receiving = false;
             for (const int rank : {message->from, message->to}) {
                 Member& member = members_[size_t(rank)];
                 const Batch& batch = member.batches.front();
@@ -143,8 +145,10 @@ private:
         const size_t waiting = ready_.size();
         std::erase_if(ready_, [&](const std::shared_ptr<Message>& message) {
             Member &from = members_[size_t(message->from)], &to = members_[size_t(message->to)];
-            if (from.sending || to.receiving) return false;
-            from.sending = to.receiving = true;
+            if (message->seconds > 0) {
+                if (from.sending || to.receiving) return false;
+                from.sending = to.receiving = true;
+            }
             message->end = now + message->seconds;
             under_way_.emplace(message->end, message);
             return true;

@@ -33,8 +33,15 @@ inline RankOptions rank_options(const Config& c, const GptConfig& model, bool tr
                         c.compute.head_chunk,
                         c.threads(),
                         training,
-                        {int(parallel.ranks), rank, parallel.schedule, int(parallel.folds),
-                         int(parallel.virtual_stages), parallel.qkv_move == "on", most, least},
+                        {int(parallel.ranks),
+                         rank,
+                         parallel.schedule,
+                         int(parallel.folds),
+                         int(parallel.virtual_stages),
+                         {parallel.qkv_move != "off", parallel.qkv_move == "once",
+                          parallel.qkv_move != "off" && parallel.norm_move == "on", parallel.spread_head == "on"},
+                         most,
+                         least},
                         c.launch.ranks > 1 ? c.launch.local_rank : rank};
 #ifdef USE_CUDA
     options.deterministic = c.compute.deterministic;

@@ -20,11 +20,17 @@ struct MemoryPlan {
 // How the work is spread over ranks, and which of them this one is.
 struct Layout {
     int ranks = 1, rank = 0;
-    std::string schedule = "1f1b";       // of more than one rank; one rank accumulates gradients over chunks
-    int folds = 2;                       // helix
-    int virtual_stages = 0;              // interleaved; 0: as many as there are layers for
-    bool move_qkv = true;                // helix
+    std::string schedule = "1f1b";  // of more than one rank; one rank accumulates gradients over chunks
+    int folds = 2;                  // helix
+    int virtual_stages = 0;         // interleaved; 0: as many as there are layers for
+    HelixOptions helix = {};
     int max_chunks = 1, min_chunks = 1;  // of a training step
+};
+
+// A parameter that this rank holds and others, too.
+struct SharedParameter {
+    int64_t offset, size;      // elements, as in Parameter
+    std::vector<int> holders;  // ranks, this one included
 };
 
 struct RankOptions {
@@ -47,28 +53,49 @@ struct RankOptions {
         const int v = layout.schedule != "interleaved" ? 1
                       : layout.virtual_stages          ? std::min(layout.virtual_stages, most)
                                                        : most;
-        return {layout.ranks, L, chunks, layout.folds, v, training, sliced};
+        const bool spread_head = layout.ranks > 1 && layout.schedule == "helix" && layout.helix.spread_head;
+        return {layout.ranks, L, chunks, layout.folds, v, training, spread_head, sliced};
     }
     std::string schedule_name() const {
         std::string name = layout.ranks == 1 ? "accumulate" : layout.schedule;
         if (name == "interleaved")
             name += ", virtual stages " + std::to_string(schedule_input(1, true, false).virtual_stages);
         if (name == "helix")
-            name += ", folds " + std::to_string(layout.folds) + (layout.move_qkv ? "" : ", QKV move off");
+            name += ", folds " + std::to_string(layout.folds) + (layout.helix.move_qkv ? "" : ", QKV move off");
         return name;
     }
-    TensorRules tensor_rules(bool training) const {
-        const bool apart = layout.ranks > 1 && layout.schedule == "helix";
-        return {int(model.layers), training, recompute, apart, apart && layout.move_qkv};
-    }
-    // The rank that runs a part of the model on a chunk, and has its parameters.
+    TensorRules tensor_rules(bool training) const;
+    // The rank that runs a part of the model on a chunk; for chunk 0 it owns its parameters.
     int owner(Part part, int layer, int chunk = 0) const {
         if (layout.ranks == 1) return 0;
         return find_schedule(layout.schedule)
             ->owner(schedule_input(std::max(chunk + 1, layout.max_chunks), true, false), part, layer, chunk);
     }
+    // Whether a rank runs a part on some chunk, of a step with more chunks if need be. Attention has no parameters.
+    bool runs(Part part, int layer, int rank) const {
+        const bool spread = schedule_input(1, true, false).spread_head;
+        const bool last = part == Part::head || (part == Part::post && layer == int(model.layers) - 1);
+        return (spread && last) || owner(part, layer) == rank;
+    }
+    bool holds(const Parameter& p, int rank) const {
+        return runs(p.part, p.layer, rank) || (model.tied && p.index == 0 && runs(Part::head, -1, rank));
+    }
     std::vector<Parameter> parameters() const {
-        return parameters_of(model, [&](Part part, int layer) { return owner(part, layer) == layout.rank; });
+        return parameters_of(
+            model, [&](Part part, int layer) { return runs(part, layer, layout.rank); },
+            [&](Part part, int layer) { return owner(part, layer) == layout.rank; });
+    }
+    std::vector<SharedParameter> shared_parameters() const {
+        std::vector<SharedParameter> shared;
+        std::vector<Parameter> held = parameters();
+        std::sort(held.begin(), held.end(), [](const auto& a, const auto& b) { return a.index < b.index; });
+        for (const Parameter& p : held) {
+            SharedParameter s{p.offset, p.size(), {}};
+            for (int r = 0; r < layout.ranks; ++r)
+                if (holds(p, r)) s.holders.push_back(r);
+            if (s.holders.size() > 1) shared.push_back(std::move(s));
+        }
+        return shared;
     }
 };
 
@@ -97,6 +124,14 @@ inline std::string why_not_cudnn([[maybe_unused]] const RankOptions& o) {
 #else
     return "on the CPU";
 #endif
+}
+
+inline TensorRules RankOptions::tensor_rules(bool training) const {
+    TensorRules rules{int(model.layers), training, recompute};
+    rules.apart = layout.ranks > 1 && layout.schedule == "helix";
+    if (rules.apart) rules.helix = layout.helix;
+    if (why_not_cudnn(*this).empty()) rules.output_sent_again = Tensor::attention_out;
+    return rules;
 }
 
 // Scratch of the kernels, the largest need of any of them; ops run one at a time.
@@ -202,6 +237,7 @@ struct Rank : OpLoop {
     RankOptions options;
     MemoryPlan memory;
     std::vector<Parameter> parameters;
+    std::vector<SharedParameter> shared;  // the same order on all ranks
     OpenDevice opened;
 #ifdef USE_CUDNN
     std::unique_ptr<CudnnAttention> cudnn;
@@ -225,6 +261,7 @@ struct Rank : OpLoop {
           options(o),
           memory(plan_memory(o)),
           parameters(o.parameters()),
+          shared(o.shared_parameters()),
           opened(o.threads, o.local_rank),
           device(opened.device),
           activations(allocate_on_device(memory.activations)),

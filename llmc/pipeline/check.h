@@ -1,12 +1,16 @@
 // Proves the lists of all ranks before the first step:
 //
-//   - every op of the model runs exactly once; a part's parameters are on one rank, and its backward runs where its
-//     forward ran; gradients of weights that a B leaves out are added by one W after it;
+//   - every op of the model runs exactly once; a part's parameters are on one rank, but for the parts that helix
+//   spreads,
+//     and its backward runs where its forward ran; gradients of weights that a B leaves out are added by one W after
+//     it;
 //   - every op has its input, from an op before it on its rank or from a message received before it;
 //   - every message has one send, after its contents are computed, one receive and one reader, and the n-th send of a
 //     rank to another carries what is expected there as the n-th receive;
 //   - no deadlock: under the rules of simulate.h all ops come to run.
 #pragma once
+
+#include <set>
 
 #include "llmc/pipeline/simulate.h"
 
@@ -59,7 +63,9 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
         Place& place = places[index(op)];
         if (place.rank >= 0) return problem(r, op, "is listed twice, first on " + rank_name(place.rank));
         place = {r, i};
-        if (message || op.part == Part::attention) return;
+        const bool spread =
+            in.spread_head && (op.part == Part::head || (op.part == Part::post && op.layer == in.layers - 1));
+        if (message || op.part == Part::attention || spread) return;
         const int position = chain.position(op);
         int& owner = home[size_t(std::min(position, 2 * chain.head() - position))];
         if (owner >= 0 && owner != r) problem(r, op, "runs apart from its parameters on " + rank_name(owner));
@@ -74,7 +80,7 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
             }
             const Op& op = at(ran[k]);
             const int r = ran[k].rank;
-            if (op.part == Part::attention && op.pass == Pass::B && ran[k - size_t(2 * (n - chain.head()))].rank != r)
+            if (n > chain.head() && ran[k - size_t(2 * (n - chain.head()))].rank != r)
                 problem(r, op, "runs apart from its forward");
             if (op.split != (weights[k].rank >= 0))
                 problem(r, op,
@@ -113,10 +119,36 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
         const Op& other = at({op.peer, links[size_t(r)][size_t(i)]});
         if (index(other) != index(op))
             problem(r, op, "meets the " + op_name(other) + ": the two ranks differ in their order");
+        else if (other.weights != op.weights)
+            problem(r, op, "brings weights or their gradients where its send does not, or lacks them where it does");
     });
+    // Weights that travel once a step come with the first X of a layer. Their gradients are summed from the first
+    // backward of its attention on, leave with the last dX, and are added where that arrives.
+    for (int r = 0; r < ranks; ++r) {
+        std::set<std::pair<int, int>> come, left;  // layer, the other rank
+        std::set<int> summed;                      // layers
+        const auto expect = [&](const Op& op, bool weights) {
+            if (op.weights != weights) problem(r, op, "has weights or their gradients out of turn");
+        };
+        const std::vector<Op>& list = lists[size_t(r)];
+        for (const Op& op : list)
+            if (op.part == Part::pre && op.pass == Pass::F && op.kind != Kind::compute)
+                expect(op, come.emplace(op.layer, op.peer).second);
+            else if (op.part == Part::attention && op.pass == Pass::B && op.kind == Kind::compute)
+                expect(op, home[size_t(chain.position({Part::pre, Pass::F, op.layer, 0}))] != r &&
+                               summed.insert(op.layer).second);
+        for (auto op = list.rbegin(); op != list.rend(); ++op)
+            if (op->part == Part::attention && op->pass == Pass::B && op->kind != Kind::compute)
+                expect(*op, left.emplace(op->layer, op->peer).second);
+        for (const Op& op : list)
+            if (op.part == Part::pre && op.pass == Pass::B && op.kind == Kind::compute) {
+                const Place from = received[index(op) - 1];
+                expect(op, from.rank == r && at(from).weights);
+            }
+    }
     if (!problems.empty()) return problems;
 
-    const auto zero = [](const Op&) { return 0.0; };
+    const auto zero = [](const Op&, int = 0) { return 0.0; };
     const std::vector<size_t> stopped = simulate(lists, in, zero, zero, waiting).stopped;
     for (int r = 0; r < ranks; ++r)
         if (const std::vector<Op>& list = lists[size_t(r)]; stopped[size_t(r)] < list.size())

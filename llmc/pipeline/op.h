@@ -24,6 +24,9 @@ struct Op {
     Kind kind = Kind::compute;
     int peer = -1;   // rank at the other end
     int batch = -1;  // sends and receives of one number are posted together; numbers increase along the list
+    // HelixPipe with weights once a step: where those of a layer come to a rank with its first attention there, where
+    // the sum of their gradients begins, and where it goes back and is added.
+    bool weights = false;
 };
 
 inline const char* part_name(Part part) {
@@ -68,7 +71,8 @@ enum class Tensor {
     qkv,            // queries, keys, values
     qkv_weights,    // weights for these, received from the rank that owns them
     attention_out,  // attention output,
-    lse,            // its log-sum-exp
+    lse,            // its log-sum-exp,
+    delta,          // and the product of its rows and those of its gradient (D in llmc/kernels/attention.cuh)
     post,           // everything between attention output and layer output, kept when nothing is recomputed
     store,          // keys and values of a sequence cut into slices
     d_residual,     // gradient of the residual stream, updated in place from head to embed
@@ -81,12 +85,24 @@ enum class Tensor {
 };
 
 inline const char* tensor_name(Tensor tensor) {
-    static const char* const names[] = {"residual",    "ln1",           "ln1 statistics", "qkv",
-                                        "qkv weights", "attention out", "log-sum-exp",    "post",
-                                        "store",       "d residual",    "d post",         "d attention",
-                                        "d qkv",       "d ln1",         "d qkv weights",  "d store"};
+    static const char* const names[] = {
+        "residual",    "ln1",   "ln1 statistics", "qkv",           "qkv weights", "attention out",
+        "log-sum-exp", "D",     "post",           "store",         "d residual",  "d post",
+        "d attention", "d qkv", "d ln1",          "d qkv weights", "d store"};
     return names[int(tensor)];
 }
+
+// What HelixPipe adds to its schedule (llmc/pipeline/README.md, "Helix"). As published: the QKV move alone.
+struct HelixOptions {
+    bool move_qkv = true;      // products for queries, keys and values run with the attention: their weights travel
+    bool weights_once = true;  // once a step to each rank, and their gradients are summed there; else with every chunk
+    // The LayerNorm before these products, too. With a mode that recomputes, only the log-sum-exp is kept there: the
+    // residual stream comes again with the gradients, and D in place of the attention output.
+    bool move_norm = true;
+    // The last post and the head run where the last attention of the chunk did: every rank has their parameters. Both
+    // wait for the backward pass, so that nothing of them is kept or recomputed.
+    bool spread_head = true;
+};
 
 // What decides, besides the op itself, which tensors it takes.
 struct TensorRules {
@@ -97,9 +113,17 @@ struct TensorRules {
     // runs on a rank of its own. With a mode that recomputes, post(l-1) and pre(l) are then one block that keeps only
     // x(l-1) and the attention output, and their backward is one as well, that of post(l-1).
     bool apart = false;
-    bool move_qkv = false;  // and the products for queries, keys and values run with the attention, too
+    HelixOptions helix = {false, false, false, false};  // all off unless `apart` is set
 
-    bool one_block(int layer) const { return apart && recompute != Recompute::none && layer > 0; }
+    bool one_block(int layer) const { return apart && !helix.move_norm && recompute != Recompute::none && layer > 0; }
+    // Whether an attention gets the residual stream and D with its gradient, having kept neither.
+    bool sends_again() const { return helix.move_norm && recompute != Recompute::none; }
+    // cuDNN computes D itself, and wants the attention output.
+    Tensor output_sent_again = Tensor::delta;
+    // Whether the forward of post leaves all that its backward needs.
+    bool keeps_post(int layer) const {
+        return recompute == Recompute::none || (helix.spread_head && layer == layers - 1);
+    }
 };
 
 enum class Access { create, update, read };
@@ -107,7 +131,7 @@ enum class Access { create, update, read };
 struct Use {
     Tensor tensor;
     int layer;  // -1 where there is one tensor a chunk
-    int owner;  // chunk, for stores the chunk of the first slice
+    int owner;  // chunk, for stores the chunk of the first slice; -1 where all chunks share the tensor
     Access access;
 };
 
@@ -118,16 +142,27 @@ inline std::vector<Use> message_contents(const Op& op, const TensorRules& rules)
     const Access access = op.kind == Kind::send ? Access::read : Access::create;
     std::vector<Use> list;
     const auto carry = [&](Tensor tensor, int layer) { list.push_back({tensor, layer, op.chunk, access}); };
+    const bool move = rules.helix.move_qkv, once = rules.helix.weights_once, weights = !once || op.weights;
+    const bool norm = rules.helix.move_norm;
     if (op.pass == Pass::F) {
-        if (op.part == Part::pre && rules.move_qkv) carry(Tensor::ln1, l), carry(Tensor::qkv_weights, l);
-        if (op.part == Part::pre && !rules.move_qkv) carry(Tensor::qkv, l);
+        if (op.part == Part::pre && move && !norm) carry(Tensor::ln1, l);
+        if (op.part == Part::pre && move && weights)
+            list.push_back({Tensor::qkv_weights, l, once ? -1 : op.chunk, access});
+        if (op.part == Part::pre && !move) carry(Tensor::qkv, l);
         carry(Tensor::residual, op.part == Part::post || op.part == Part::embed ? l + 1 : l);
         if (op.part == Part::attention) carry(Tensor::attention_out, l);
     } else {
-        if (op.part == Part::attention && rules.move_qkv) carry(Tensor::d_ln1, l), carry(Tensor::d_qkv_weights, l);
-        if (op.part == Part::attention && !rules.move_qkv) carry(Tensor::d_qkv, l);
+        if (op.part == Part::attention && move && !norm) carry(Tensor::d_ln1, l);
+        if (op.part == Part::attention && move &&
+            weights)  // one sum where they leave; one from each rank where they arrive
+            list.push_back({Tensor::d_qkv_weights, l, once && op.kind == Kind::send ? -1 : op.chunk, access});
+        if (op.part == Part::attention && !move) carry(Tensor::d_qkv, l);
         carry(Tensor::d_residual, -1);
         if (op.part == Part::post) carry(Tensor::d_attention, l);
+        if (op.part == Part::post && rules.sends_again()) {
+            carry(Tensor::residual, l);
+            if (rules.recompute == Recompute::without_attention) carry(rules.output_sent_again, l);
+        }
     }
     return list;
 }
@@ -136,7 +171,8 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
     if (op.kind != Kind::compute) return message_contents(op, rules);
     const int l = op.layer, c = op.chunk, s = shape.store;
     const bool sliced = s >= 0, none = rules.recompute == Recompute::none;
-    const bool apart = rules.apart, move = rules.move_qkv;
+    const bool apart = rules.apart, move = rules.helix.move_qkv, once = rules.helix.weights_once;
+    const bool norm = rules.helix.move_norm, again = rules.sends_again();
     std::vector<Use> list;
     const auto use = [&](Access access, std::initializer_list<Tensor> tensors, int layer) {
         for (Tensor tensor : tensors) list.push_back({tensor, layer, c, access});
@@ -147,6 +183,11 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
     const auto use_store = [&](Tensor tensor, Access access) {
         if (sliced) list.push_back({tensor, l, s, access});
     };
+    const auto read_moved = [&](Access access) {  // access: to what comes of the residual stream
+        if (norm) read({Tensor::residual}), use(access, {Tensor::ln1, Tensor::ln1_stats}, l);
+        else read({Tensor::ln1});
+        list.push_back({Tensor::qkv_weights, l, once ? -1 : c, Access::read});
+    };
 
     if (op.pass == Pass::F) switch (op.part) {
             case Part::embed:
@@ -154,11 +195,11 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 break;
             case Part::pre:
                 read({Tensor::residual});
-                create({Tensor::ln1, Tensor::ln1_stats});
+                if (!norm) create({Tensor::ln1, Tensor::ln1_stats});
                 if (!move) create({Tensor::qkv});
                 break;
             case Part::attention:
-                if (move) read({Tensor::ln1, Tensor::qkv_weights}), create({Tensor::qkv});
+                if (move) read_moved(Access::create), create({Tensor::qkv});
                 else read({Tensor::qkv});
                 create({Tensor::attention_out, Tensor::lse});
                 use_store(Tensor::store, shape.first_slice ? Access::create : Access::update);
@@ -166,7 +207,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
             case Part::post:
                 read({Tensor::residual, Tensor::attention_out});
                 use(Access::create, {Tensor::residual}, l + 1);
-                if (rules.training && none) create({Tensor::post});
+                if (rules.training && rules.keeps_post(l)) create({Tensor::post});
                 break;
             case Part::head:
                 use(Access::read, {Tensor::residual}, rules.layers);
@@ -178,7 +219,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 use(Access::create, {Tensor::d_residual}, -1);
                 break;
             case Part::post:
-                read({none ? Tensor::post : Tensor::residual});
+                read({rules.keeps_post(l) ? Tensor::post : Tensor::residual});
                 if (rules.recompute == Recompute::full && !apart) {  // needed first, so recomputed here
                     create({Tensor::ln1, Tensor::ln1_stats, Tensor::qkv, Tensor::attention_out, Tensor::lse});
                     use_store(Tensor::store, Access::read);
@@ -189,10 +230,13 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                     use(Access::read, {move ? Tensor::d_ln1 : Tensor::d_qkv}, l + 1);
                 update_d_residual();
                 create({Tensor::d_attention});
+                if (again && rules.recompute == Recompute::without_attention &&
+                    rules.output_sent_again == Tensor::delta)
+                    create({Tensor::delta});
                 if (op.split) create({Tensor::d_post});
                 break;
             case Part::attention:
-                if (move) read({Tensor::ln1, Tensor::qkv_weights});
+                if (move) read_moved(none ? Access::read : Access::create);
                 if (!apart && rules.recompute == Recompute::without_attention) {
                     read({Tensor::residual});
                     create({Tensor::ln1, Tensor::ln1_stats, Tensor::qkv});
@@ -202,16 +246,20 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                     read({Tensor::qkv});
                 }
                 if (apart && rules.recompute == Recompute::full) create({Tensor::attention_out, Tensor::lse});
-                else read({Tensor::attention_out, Tensor::lse});
+                else read({again ? rules.output_sent_again : Tensor::attention_out, Tensor::lse});
                 read({Tensor::d_attention});
                 create({Tensor::d_qkv});
                 use_store(Tensor::store, Access::read);
                 use_store(Tensor::d_store, shape.last_slice ? Access::create : Access::update);
-                if (move) create({Tensor::d_ln1, Tensor::d_qkv_weights});
+                if (norm) update_d_residual();
+                else if (move) create({Tensor::d_ln1});
+                if (move)
+                    list.push_back({Tensor::d_qkv_weights, l, once ? -1 : c,
+                                    !once || op.weights ? Access::create : Access::update});
                 break;
             case Part::pre:
-                if (move) read({Tensor::d_qkv_weights});
-                if (rules.one_block(l)) break;
+                if (move && (!once || op.weights)) read({Tensor::d_qkv_weights});
+                if (norm || rules.one_block(l)) break;
                 read({Tensor::residual, move ? Tensor::d_ln1 : Tensor::d_qkv});
                 if (apart && !none) create({Tensor::ln1, Tensor::ln1_stats});
                 else read({Tensor::ln1, Tensor::ln1_stats});

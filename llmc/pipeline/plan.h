@@ -63,44 +63,50 @@ inline int64_t tensor_columns(Tensor tensor, const GptConfig& g) {
         case Tensor::d_store:
             return 2 * g.channels;
         case Tensor::lse:
+        case Tensor::delta:
             return g.heads;
         default:
             return g.channels;
     }
 }
 
-inline int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g, const TensorRules& rules) {
+// Types: of this build, or of the program that a plan is for.
+template <class Types = BuildTypes>
+int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g, const TensorRules& rules) {
     const int64_t N = shape.tokens, columns = tensor_columns(tensor, g);
     switch (tensor) {
         case Tensor::residual:
         case Tensor::d_residual:
-            return bytes_of<RowsTensor<floatR>>(N, columns);
+            return bytes_of<RowsTensor<typename Types::R>>(N, columns);
         case Tensor::ln1:
         case Tensor::qkv:
         case Tensor::attention_out:
         case Tensor::d_attention:
         case Tensor::d_qkv:
         case Tensor::d_ln1:
-            return bytes_of<RowsTensor<floatX>>(N, columns);
+            return bytes_of<RowsTensor<typename Types::X>>(N, columns);
         case Tensor::lse:
-            return bytes_of<RowsTensor<floatS>>(N, columns);
+        case Tensor::delta:
+            return bytes_of<RowsTensor<typename Types::S>>(N, columns);
         case Tensor::store:
-            return bytes_of<RowsTensor<floatX>>(shape.store_tokens, columns);
+            return bytes_of<RowsTensor<typename Types::X>>(shape.store_tokens, columns);
         case Tensor::d_store:
-            return bytes_of<RowsTensor<floatS>>(shape.store_tokens, columns);
+            return bytes_of<RowsTensor<typename Types::S>>(shape.store_tokens, columns);
         case Tensor::ln1_stats:
-            return bytes_of<NormStatistics>(N);
+            return bytes_of<NormStatisticsOf<Types>>(N);
         case Tensor::qkv_weights:
-            return bytes_of<QkvWeights<floatX>>(g);
+            return bytes_of<MovedWeights<typename Types::X>>(g);
         case Tensor::d_qkv_weights:
-            return bytes_of<QkvWeights<floatS>>(g);
+            return bytes_of<MovedWeights<typename Types::S>>(g);
         case Tensor::post:
-            return bytes_of<PostActivations>(N, g);
+            return bytes_of<PostActivationsOf<Types>>(N, g);
         case Tensor::d_post:
-            return bytes_of<PostGradients>(N, g, rules.recompute == Recompute::none);
+            return bytes_of<PostGradientsOf<Types>>(N, g, rules.recompute == Recompute::none);
     }
     throw std::logic_error("tensor of unknown kind");
 }
+
+using TensorBytes = int64_t (*)(Tensor, const ChunkShape&, const GptConfig&, const TensorRules&);
 
 // The plan for one rank's list. check.h has proven the lists of all ranks; here std::logic_error is thrown when an op
 // reads what no op before it on this rank has made or received.
@@ -108,7 +114,7 @@ inline int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptCon
 // A send reads its tensors until it is complete. A rank knows that when it has waited for a receive of a later batch,
 // since batches are served in order (simulate.h); until then nothing else gets their memory.
 inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, const GptConfig& g,
-                      const TensorRules& rules) {
+                      const TensorRules& rules, TensorBytes bytes = tensor_bytes<BuildTypes>) {
     Plan plan{std::move(list), std::move(chunks), rules};
     const Chain chain{rules.layers, rules.training};
     const int count = int(plan.ops.size());
@@ -147,10 +153,9 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
             const std::tuple key{use.tensor, use.layer, use.owner};
             if (use.access == Access::create) {
                 alive[key] = plan.tensors.size();
-                plan.tensors.push_back(
-                    {use.tensor, use.layer, use.owner, {tensor_bytes(use.tensor, shape, g, rules), i, i}});
+                plan.tensors.push_back({use.tensor, use.layer, use.owner, {bytes(use.tensor, shape, g, rules), i, i}});
             } else if (!alive.count(key)) {
-                if (use.tensor == Tensor::qkv_weights) continue;  // the rank's own
+                if (use.tensor == Tensor::qkv_weights || use.owner < 0) continue;  // the rank's own
                 throw std::logic_error("the schedule runs before its inputs exist: " + op_name(op));
             }
             live_until(alive[key], i);

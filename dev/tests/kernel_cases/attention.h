@@ -63,10 +63,17 @@ inline void attention_case(Cases& cases, const AttentionShape& shape) {
                       store.matrix(T, 2 * C), segments, shape.heads);
     attention_backward(device, d_qkv.matrix(N, 3 * C), d_store.matrix(T, 2 * C), d_out.matrix(N, C), out.matrix(N, C),
                        lse.matrix(N, shape.heads), qkv.matrix(N, 3 * C), store.matrix(T, 2 * C), segments, shape.heads);
+    const DeviceArray<floatS> delta(device, N * shape.heads), d_store_of_delta(device, d_store_before);
+    const DeviceArray<floatX> d_qkv_of_delta(device, d_qkv_before);
+    attention_delta(device, delta.matrix(N, shape.heads), d_out.matrix(N, C), out.matrix(N, C));
+    attention_backward(device, d_qkv_of_delta.matrix(N, 3 * C), d_store_of_delta.matrix(T, 2 * C), d_out.matrix(N, C),
+                       {}, lse.matrix(N, shape.heads), qkv.matrix(N, 3 * C), store.matrix(T, 2 * C), segments,
+                       shape.heads, delta.matrix(N, shape.heads));
 
     cases.record("attention out", shape.name(), out.values());
     cases.record("attention lse", shape.name(), lse.values(), {1e-5, 1e-4});
     cases.record("attention d_qkv", shape.name(), d_qkv.values(), ATTENTION_GRADIENT);
+    cases.record("attention d_qkv from D", shape.name(), d_qkv_of_delta.values(), ATTENTION_GRADIENT);
     std::vector<double> added = d_store.values();
     for (size_t i = 0; i < added.size(); i++) added[i] -= d_store_before[i];
     if (sliced) cases.record("attention d_store", shape.name(), std::move(added), ATTENTION_GRADIENT);

@@ -17,6 +17,8 @@
 #pragma once
 
 #include <algorithm>
+#include <set>
+#include <tuple>
 
 #include "llmc/pipeline/schedules/slots.h"
 
@@ -39,8 +41,16 @@ inline int helix_chunk(const ScheduleInput& in, HelixPlace at) {
 
 // Which rank holds and runs a part.
 inline int helix_owner(const ScheduleInput& in, Part part, int layer, int chunk) {
+    if (in.spread_head && (part == Part::head || (part == Part::post && layer == in.layers - 1)))
+        part = Part::attention, layer = in.layers - 1;
     if (part == Part::attention) return (layer + helix_place(in, chunk).offset + 1) % in.ranks;
     return Chain{in.layers, in.training}.block(part, layer) % in.ranks;
+}
+
+// The end of the forward chain. In training what is left, the head and before it a spread post, goes with the backward.
+inline int helix_forward_end(const ScheduleInput& in) {
+    const Chain chain{in.layers, in.training};
+    return in.training ? chain.head() - in.spread_head : chain.length();
 }
 
 // The forward slots of a rank. If p divides L, the ring of blocks closes: rank 0 runs the last as well as the first, a
@@ -50,7 +60,7 @@ inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
     const int groups = int(ceil_div(in.chunks, p * F));
     const bool closed = L % p == 0;
     const Chain chain{L, in.training};
-    const int end = in.training ? chain.head() : chain.length();  // of the forward chain
+    const int end = helix_forward_end(in);
     std::vector<Phase> phases;
     for (int g = 0; g < groups; ++g) {
         if (g == 0 || !closed) phases.emplace_back();
@@ -72,7 +82,8 @@ inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
                 }
             }
         };
-        const auto block = [&](int k, int j) { slots(3 * k, j); };  // block k begins with post(k-1), block 0 with embed
+        // Block k begins with post(k-1), block 0 with embed. A spread block L goes on with block 0 of the next group.
+        const auto block = [&](int k, int j) { slots(k == L && in.spread_head ? end : 3 * k, j); };
         const auto attention = [&](int l, int j) { slots(3 * l + 2, j); };
 
         if (rank == 0 && (g == 0 || !closed)) block(0, 0);
@@ -87,7 +98,7 @@ inline std::vector<Phase> helix_forward(const ScheduleInput& in, int rank) {
     return phases;
 }
 
-// The same slots from the last to the first, each from its last op to its first; the head comes before block L.
+// The same slots from the last to the first, each from its last op to its first, after what the forward has left.
 inline std::vector<Phase> helix_backward(const ScheduleInput& in, const std::vector<Phase>& forward) {
     const Chain chain{in.layers, in.training};
     std::vector<Phase> phases;
@@ -97,13 +108,38 @@ inline std::vector<Phase> helix_backward(const ScheduleInput& in, const std::vec
             std::vector<Op>& ops = phases.back().emplace_back().ops;
             phases.back().back().ahead = in.folds;
             for (auto op = slot->ops.rbegin(); op != slot->ops.rend(); ++op) {
-                const int position = 2 * chain.head() - chain.position(*op);
-                if (position == chain.head() + 1) ops.push_back(chain.op(chain.head(), op->chunk));
-                ops.push_back(chain.op(position, op->chunk));
+                const int forward = chain.position(*op), end = helix_forward_end(in);
+                for (int n = end; forward == end - 1 && n < 2 * chain.head() - forward; ++n)
+                    ops.push_back(chain.op(n, op->chunk));
+                ops.push_back(chain.op(2 * chain.head() - forward, op->chunk));
             }
         }
     }
     return phases;
+}
+
+// Weights for queries, keys and values travel once a step: with the first chunk whose attention of a layer a rank runs.
+// Their gradients are summed there, from the first of its backward ops on, and come back with the last.
+inline void mark_weights(const ScheduleInput& in, int rank, std::vector<Op>& list) {
+    std::set<std::tuple<Pass, Kind, int, int>> seen;  // pass, kind, layer, the other rank
+    const auto mark_first = [&](Op& op) {
+        const int owner = helix_owner(in, Part::pre, op.layer, op.chunk);
+        const int peer = op.kind == Kind::compute ? owner : op.peer;
+        if (peer != rank) op.weights = seen.emplace(op.pass, op.kind, op.layer, peer).second;
+    };
+    for (Op& op : list)
+        if ((op.part == Part::pre && op.pass == Pass::F && op.kind != Kind::compute) ||
+            (op.part == Part::attention && op.pass == Pass::B && op.kind == Kind::compute))
+            mark_first(op);
+    std::set<std::pair<int, int>> returned;  // layer, chunk
+    for (auto op = list.rbegin(); op != list.rend(); ++op)
+        if (op->part == Part::attention && op->pass == Pass::B && op->kind != Kind::compute) {
+            mark_first(*op);
+            if (op->weights && op->kind == Kind::receive) returned.emplace(op->layer, op->chunk);
+        }
+    for (Op& op : list)
+        if (op.part == Part::pre && op.pass == Pass::B && op.kind == Kind::compute)
+            op.weights = returned.count({op.layer, op.chunk}) > 0;
 }
 
 inline OpLists helix_schedule(const ScheduleInput& in) {
@@ -114,6 +150,7 @@ inline OpLists helix_schedule(const ScheduleInput& in) {
             for (Phase& phase : helix_backward(in, phases)) phases.push_back(std::move(phase));
         lists.push_back(post_exchanges(rank, phases, in,
                                        [&](const Op& op) { return helix_owner(in, op.part, op.layer, op.chunk); }));
+        mark_weights(in, rank, lists.back());
     }
     return lists;
 }

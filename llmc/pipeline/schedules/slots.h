@@ -10,10 +10,11 @@
 
 struct ScheduleInput {
     int ranks = 1, layers = 1, chunks = 1;
-    int folds = 2;           // helix: chunks handled back to back in one slot
-    int virtual_stages = 1;  // interleaved: stages a rank
-    bool training = true;    // without: the forward pass alone
-    bool sliced = false;     // some chunks are slices of one sequence: forward in order, backward in reverse
+    int folds = 2;             // helix: chunks handled back to back in one slot
+    int virtual_stages = 1;    // interleaved: stages a rank
+    bool training = true;      // without: the forward pass alone
+    bool spread_head = false;  // helix: the last post and the head run where the last attention did
+    bool sliced = false;       // some chunks are slices of one sequence: forward in order, backward in reverse
 };
 
 using OpLists = std::vector<std::vector<Op>>;  // [rank][op]
