@@ -72,6 +72,19 @@ struct Rehearsal {
     }
 };
 
+// How long ops take that take any time.
+template <class OpMs>
+std::string durations_text(const OpLists& lists, const OpMs& op_ms) {
+    std::vector<double> all;
+    for (const std::vector<Op>& list : lists)
+        for (const Op& op : list)
+            if (const double ms = op.kind == Kind::compute ? op_ms(op) : 0; ms > 0) all.push_back(ms);
+    const auto [shortest, longest] = std::minmax_element(all.begin(), all.end());
+    const double mean = std::accumulate(all.begin(), all.end(), 0.0) / double(all.size());
+    return format("%.4g", *shortest) + format(" to %.4g ms", *longest) + format(", on average %.4g", mean) +
+           (mean < 1 ? "; with so short ones the machine's own delays tell, a larger --time-scale helps" : "");
+}
+
 // `options` are those that training would have.
 inline int rehearse_command(const Config& c, const RankOptions& options, Team& team) {
     const PlannedStep step(options, int(planned_chunks(c)));
@@ -89,13 +102,6 @@ inline int rehearse_command(const Config& c, const RankOptions& options, Team& t
         return message_ms(op, rank);
     };
     const Timeline timeline = simulate(step.lists, step.input, op_ms, message_ms);
-    double shortest = INFINITY, longest = 0;  // of the ops that take any time
-    for (const std::vector<Op>& list : step.lists)
-        for (const Op& op : list) {
-            if (op.kind != Kind::compute || op_ms(op) == 0) continue;
-            shortest = std::min(shortest, op_ms(op));
-            longest = std::max(longest, op_ms(op));
-        }
 
     std::vector<std::vector<std::vector<TraceEvent>>> steps;
     const double patience = std::max(10.0, 2e-3 * timeline.makespan);  // s; no op and no message takes as long
@@ -126,9 +132,7 @@ inline int rehearse_command(const Config& c, const RankOptions& options, Team& t
             {"ranks", std::to_string(p) + (team.launch.ranks > 1 ? ", processes under " + team.launch.source
                                                                  : ", threads of this process")},
             {"times", times.text + (scale == 1 ? "" : ", times " + number_text(scale))},
-            {"sleeps",
-             format("%.4g", shortest) + format(" to %.4g ms", longest) +
-                 (shortest < 1 ? "; below 1 ms the machine's own delays tell, a larger --time-scale helps" : "")}};
+            {"ops", durations_text(step.lists, op_ms)}};
         for (TableRow& row : rehearsal.rows()) rows.push_back(std::move(row));
         print_table("rehearsal of " + name, rows);
     });

@@ -20,8 +20,12 @@
 
 #include "llmc/parallel/transport.h"
 
-// On the scale of seconds_now().
+// On the scale of seconds_now(). The last moments are not worth a sleep, which would end later.
 inline void sleep_until(double seconds) {
+    if (seconds - seconds_now() < 20e-6) {
+        while (seconds_now() < seconds) {}
+        return;
+    }
     const auto whole = time_t(seconds);
     const timespec at{whole, long(1e9 * (seconds - double(whole)))};
     while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &at, nullptr) == EINTR) {}
