@@ -117,7 +117,9 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const TensorRules& rules = plan.rules;
     const int l = op.layer, L = rules.layers;
     const int64_t C = rank.options.model.channels;
-    const bool none = rules.recompute == Recompute::none, full = rules.recompute == Recompute::full;
+    const Recompute mode = rules.mode(op);
+    const bool none = mode == Recompute::none, elementwise = mode == Recompute::elementwise;
+    const bool full = mode == Recompute::full;
     const bool move = rules.helix.move_qkv, once = rules.helix.weights_once, norm = rules.helix.move_norm;
     const BlockContext ctx{
         rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
@@ -134,20 +136,23 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const auto attention_out = [&] { return t.rows<floatX>(Tensor::attention_out, l); };
     const auto lse = [&] { return t.rows<floatS>(Tensor::lse, l); };
     // Beside the attention: its LayerNorm, if that has moved there, and the products for queries, keys and values.
-    const auto moved_forward = [&] {
+    const auto moved_forward = [&](bool products) {
         const LayerTensors<floatX> weights = t.pre_weights(l);
-        if (norm) pre_attention_forward(ctx, weights, ln1(), t.ln1_stats(l), qkv(), x(l));
-        else matmul_forward(rank.device, qkv(), ln1(), {weights.qkv_weight, 3 * C, C}, weights.qkv_bias);
+        if (norm)
+            pre_attention_forward(ctx, weights, ln1(), t.ln1_stats(l), products ? std::optional(qkv()) : std::nullopt,
+                                  x(l));
+        else if (products) matmul_forward(rank.device, qkv(), ln1(), {weights.qkv_weight, 3 * C, C}, weights.qkv_bias);
     };
-    const bool keeps_post = rules.keeps_post(l);
+    const bool keeps_post = rules.keeps_post(l) || elementwise;
     const auto kept_post = [&]() -> std::optional<PostActivations> {
         if (!rules.training || !keeps_post) return std::nullopt;
-        Allocator at = t.place(Tensor::post, l);
-        return PostActivations(at, t.N, rank.options.model);
+        Allocator at = t.place(rules.keeps_post(l) ? Tensor::post : Tensor::post_products, l);
+        if (rules.keeps_post(l)) return PostActivations(at, t.N, rank.options.model);
+        return PostActivations(PostProducts(at, t.N, rank.options.model));
     };
     const auto d_post = [&] {
         Allocator at = t.place(Tensor::d_post, l);
-        return PostGradients(at, t.N, rank.options.model, none);
+        return PostGradients(at, t.N, rank.options.model, rules.keeps_d_fc());
     };
     const auto store = [&]<class T>(Tensor tensor, T) {
         if (shape.store < 0) return Matrix<T>();
@@ -175,7 +180,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), move ? std::nullopt : std::optional(qkv()), x(l));
                 break;
             case Part::attention:
-                if (move) moved_forward();
+                if (move) moved_forward(true);
                 attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
                 break;
             case Part::post:
@@ -205,10 +210,11 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 break;
             }
             case Part::attention: {
-                if (!none && move) moved_forward();
+                if (!none && move) moved_forward(!elementwise);
                 if (full && rules.apart)
                     attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
-                if (!none && !full && !rules.apart) pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), qkv(), x(l));
+                if (mode == Recompute::without_attention && !rules.apart)
+                    pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), qkv(), x(l));
                 const Matrix<floatX> d_qkv = t.rows<floatX>(Tensor::d_qkv, l);
                 const bool has_delta = t.find(Tensor::delta, l);
                 attention_block_backward(ctx, d_qkv, d_attention(), has_delta ? Matrix<floatX>() : attention_out(),
@@ -235,7 +241,8 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 }
                 if (norm) break;                // the rest ran with the attention
                 if (rules.one_block(l)) break;  // the rest is part of post's backward, the next op
-                if (rules.apart && !none) pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), std::nullopt, x(l));
+                if ((rules.apart && !none) || elementwise)
+                    pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), std::nullopt, x(l));
                 if (!move && !op.split) qkv_backward_weight(ctx, dw, pre_gradient(l).d_qkv, ln1());
                 pre_attention_backward(ctx, w, dw, d_x(), pre_gradient(l), t.ln1_stats(l), x(l));
                 break;
@@ -246,7 +253,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     if (op.pass == Pass::W) {
         if (op.part == Part::pre) qkv_backward_weight(ctx, dw, t.rows<floatX>(Tensor::d_qkv, l), ln1());
         if (op.part == Part::post)
-            post_attention_backward_weight(ctx, w, dw, d_post(), kept_post(), none ? Matrix<floatR>() : x(l),
+            post_attention_backward_weight(ctx, w, dw, d_post(), kept_post(), keeps_post ? Matrix<floatR>() : x(l),
                                            attention_out());
     }
 }

@@ -3,11 +3,10 @@
 // was planned for the largest. HELIXTRAIN_SEED=n draws other plans.
 #include <gtest/gtest.h>
 
-#include <set>
-
 #include <cstdlib>
 #include <map>
 #include <random>
+#include <set>
 
 #include "llmc/parallel/rank.h"
 
@@ -146,7 +145,9 @@ Drawn draw(const Schedule& schedule, std::mt19937& generator) {
     for (int& size : groups)
         if (sliced) size = random(1, 4);
     layout.max_chunks = std::accumulate(groups.begin(), groups.end(), 0);
-    return {options(random(1, 7), Recompute(random(0, 2)), sliced ? 8 : 32, layout), groups, random(0, 4) > 0};
+    Recompute recompute = recompute_modes[random(0, 3)];
+    if (recompute == Recompute::elementwise && !layout.helix.move_norm) recompute = Recompute::without_attention;
+    return {options(random(1, 7), recompute, sliced ? 8 : 32, layout), groups, random(0, 4) > 0};
 }
 
 TEST(ArenaLayouts, NothingIsOverwrittenWhileItIsNeeded) {

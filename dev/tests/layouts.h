@@ -21,6 +21,12 @@ inline std::vector<HelixOptions> helix_variants() {
             {false, false, false, false}};
 }
 
+// The n-th recompute mode that goes with them.
+inline Recompute recompute_with(const HelixOptions& helix, int n) {
+    const Recompute mode = Recompute(n % 4);
+    return mode == Recompute::elementwise && !helix.move_norm ? Recompute::without_attention : mode;
+}
+
 // One layout with all that goes with it.
 struct LayoutCase {
     std::string schedule;
@@ -32,14 +38,13 @@ struct LayoutCase {
     int64_t chunk_tokens = 16;  // fewer than the context: sequences are cut into slices
 
     std::string text() const {
-        const char* const modes[] = {"none", "without-attention", "full"};
         std::string name = schedule;
         if (schedule == "helix")
             name += " F=" + std::to_string(folds) +
                     (helix.move_qkv ? helix.weights_once ? " move" : " move each" : " no move") +
                     (helix.move_norm ? " norm" : "") + (helix.spread_head ? " spread" : "");
         return name + " p=" + std::to_string(ranks) + " L=" + std::to_string(layers) + " m=" + std::to_string(chunks) +
-               " recompute " + modes[int(recompute)] + (documents ? " documents" : " windows") +
+               " recompute " + recompute_names[int(recompute)] + (documents ? " documents" : " windows") +
                (tied ? " tied" : " untied") + " mlp-chunk " + std::to_string(mlp_chunk) + " chunks of " +
                std::to_string(chunk_tokens);
     }
@@ -241,7 +246,7 @@ inline int chunks_of(int kind, int p, int F) {
 }
 
 struct CoveringLayouts {
-    std::vector<int> sizes = {8, 4, 3, 3, int(helix_variants().size()), 3, 2, 2, 2, 2};
+    std::vector<int> sizes = {8, 4, 3, 3, int(helix_variants().size()), 4, 2, 2, 2, 2};
     std::vector<std::vector<int>> rows;  // [layout][axis] value
     std::vector<LayoutCase> threads, processes;
 
@@ -261,7 +266,7 @@ struct CoveringLayouts {
                             .layers = layers_of(row[2], p),
                             .chunks = chunks_of(row[3], p, F),
                             .helix = helix_variants()[size_t(row[4])],
-                            .recompute = Recompute(row[5]),
+                            .recompute = recompute_with(helix_variants()[size_t(row[4])], row[5]),
                             .documents = row[6] == 1,
                             .tied = row[7] == 1,
                             .mlp_chunk = row[8] == 1 ? 5 : 0});

@@ -18,7 +18,7 @@ TEST(LayoutsOnHost, AgreeWithOneRank) {
                                 .layers = 3,
                                 .chunks = 4,
                                 .helix = {n < 6, n < 6, n < 6, n < 6},
-                                .recompute = Recompute(n % 3),
+                                .recompute = Recompute(n % 4),
                                 .documents = true,
                                 .tied = n % 2 == 0,
                                 .mlp_chunk = n % 2 ? 5 : 0};

@@ -53,7 +53,7 @@ TEST(Layouts, HelixAgreesWithOneRank) {
                                               .layers = layers_of(L, p),
                                               .chunks = chunks_of(m, p, F),
                                               .helix = helix,
-                                              .recompute = Recompute(summary.cases % 3),
+                                              .recompute = recompute_with(helix, summary.cases / 7 + summary.cases),
                                               .documents = summary.cases / 4 % 2 == 1,
                                               .tied = summary.cases / 2 % 2 == 1});
     EXPECT_EQ(summary.cases, 54 * int(helix_variants().size()));
@@ -75,7 +75,7 @@ TEST(Layouts, SlicedSequencesAgreeWithOneRank) {
     Summary summary;
     for (int p : {2, 3})
         for (int64_t chunk_tokens : {7, 4})
-            for (Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full})
+            for (Recompute recompute : recompute_modes)
                 summary.expect_equal({.schedule = "gpipe",
                                       .ranks = p,
                                       .layers = 3,

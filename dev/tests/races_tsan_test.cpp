@@ -14,7 +14,8 @@ TEST(Races, NoneUnderAnySchedule) {
     int layouts = 0;
     for (const char* schedule : {"gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "helix"})
         for (const bool move : {true, false})
-            for (const Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full}) {
+            for (const int mode : {0, 1, 2, 3}) {
+                const Recompute recompute = recompute_with({move, move, move, move}, mode);
                 const bool helix = std::string(schedule) == "helix";
                 if (!helix && !move) continue;
                 const LayoutCase layout{.schedule = schedule,

@@ -113,12 +113,12 @@ TEST(Plan, ArenaIsTightAndWithoutOverlap) {
             }
         }
     }
-    for (Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full})
+    for (Recompute recompute : recompute_modes)
         for (int slices : {1, 2, 4}) {
             const Plan plan = plan_pattern(options(recompute, 64 / slices), {slices}, true);
             std::printf("  recompute %d, %d slices: arena %lld bytes, alive at once %lld\n", int(recompute), slices,
                         static_cast<long long>(plan.size.bytes), static_cast<long long>(plan.size.live_peak));
-            if (recompute == Recompute::none && slices > 1)
+            if (recompute <= Recompute::elementwise && slices > 1)
                 EXPECT_LE(double(plan.size.bytes), 1.05 * double(plan.size.live_peak));
             else EXPECT_EQ(plan.size.bytes, plan.size.live_peak);
         }
@@ -141,6 +141,8 @@ TEST(Plan, KeepsWhatTheModeSays) {
     const int64_t d_o = bytes({Tensor::d_attention}), d_qkv = bytes({Tensor::d_qkv});
     // the backward of the last layer's post or attention, when everything kept is still there
     EXPECT_EQ(peak(Recompute::none), L * (x + pre + attention + post) + d_x + d_o);
+    const int64_t products = bytes({Tensor::qkv, Tensor::post_products});
+    EXPECT_EQ(peak(Recompute::elementwise), L * (x + attention + products) + d_x + d_o);
     EXPECT_EQ(peak(Recompute::without_attention), L * (x + attention) + d_x + pre + d_o + d_qkv);
     EXPECT_EQ(peak(Recompute::full), L * x + attention + d_x + pre + d_o + d_qkv);
 }
@@ -148,7 +150,7 @@ TEST(Plan, KeepsWhatTheModeSays) {
 TEST(Step, LayoutsAgree) {
     const Batch batch = random_batch({64, 1, 17, 40, 3, 64, 2}, 1);
     const Gradients whole = gradients(options(Recompute::none, 256), batch);
-    for (Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full})
+    for (Recompute recompute : recompute_modes)
         for (int64_t chunk : {256, 64, 23, 5})
             for (int64_t rows : {0, 7}) {
                 const Gradients other = gradients(options(recompute, chunk, rows, rows), batch);
@@ -180,7 +182,7 @@ TEST(Step, TargetsOfADocumentDoNotLeak) {
     };
     for (const auto& [a, b] : {std::pair<int64_t, int64_t>{34, 30}, {30, 34}})
         for (int64_t chunk_tokens : {64, 16})
-            for (Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full}) {
+            for (Recompute recompute : recompute_modes) {
                 Batch batch = random_batch({a, b}, 3);
                 std::fill(batch.sequences[0].targets.begin(), batch.sequences[0].targets.end(), -1);
                 batch.targets = b;

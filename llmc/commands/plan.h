@@ -117,8 +117,7 @@ inline std::string memory_text(RankOptions options, int chunks) {
     std::vector<Schedule> all = schedules();
     if (p == 1) all.resize(1);  // a rank by itself accumulates
     for (const Schedule& schedule : all)
-        for (const Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full}) {
-            static const char* const modes[] = {"none", "without-attention", "full"};
+        for (const Recompute recompute : recompute_modes) {
             options.layout.schedule = schedule.name;
             options.layout.virtual_stages = schedule.name == "interleaved" ? wanted_stages : 0;
             options.recompute = recompute;
@@ -127,7 +126,7 @@ inline std::string memory_text(RankOptions options, int chunks) {
             std::string name;
             try {
                 const PlannedStep step(options, chunks);
-                name = step.options.schedule_name() + ", recompute " + modes[int(recompute)];
+                name = step.options.schedule_name() + ", recompute " + recompute_names[int(recompute)];
                 for (int r = 0; r < p; ++r) {
                     const Plan plan = step.plan_of(r);
                     bytes.push_back(plan.size.bytes);

@@ -203,7 +203,7 @@ inline const std::vector<Flag>& flag_table() {
          "a loss or gradient is not finite: stop, or skip the update", {.choices = "stop|skip"}},
 
         {"recompute", TRAIN | PLAN | REHEARSE, IN(compute, recompute),
-         "what the backward pass recomputes to save memory", {.choices = "none|without-attention|full"}},
+         "what the backward pass recomputes to save memory", {.choices = "none|elementwise|without-attention|full"}},
         {"mlp-chunk", TRAIN | EVAL | PLAN | REHEARSE, IN(compute, mlp_chunk),
          "tokens the MLP works on at once, 0 = the whole chunk", count},
         {"head-chunk", TRAIN | EVAL | PLAN | REHEARSE, IN(compute, head_chunk),

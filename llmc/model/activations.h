@@ -73,6 +73,15 @@ struct MovedWeights {
     }
 };
 
+// What post_attention keeps where LayerNorm and GELU are recomputed.
+template <class Types>
+struct PostProductsOf {
+    Matrix<typename Types::R> residual;  // [N, C], input of the second LayerNorm
+    Matrix<typename Types::X> fc;        // [N, 4C], before GELU
+    PostProductsOf(Allocator& a, int64_t N, const GptConfig& g)
+        : residual(a.take<typename Types::R>(N, g.channels)), fc(a.take<typename Types::X>(N, 4 * g.channels)) {}
+};
+
 template <class Types>
 struct PostActivationsOf {
     using X = typename Types::X;
@@ -89,7 +98,11 @@ struct PostActivationsOf {
           rstd(a.take<S>(N)),
           fc(a.take<X>(N, 4 * g.channels)),
           gelu(a.take<X>(N, 4 * g.channels)) {}
+    // The others have no rows.
+    explicit PostActivationsOf(const PostProductsOf<Types>& products)
+        : residual(products.residual), mean(nullptr), rstd(nullptr), fc(products.fc) {}
 
+    bool has_all() const { return gelu.rows > 0; }
     PostActivationsOf row_range(int64_t begin, int64_t count) const {
         PostActivationsOf part = *this;
         part.residual = residual.row_range(begin, count);
@@ -101,6 +114,7 @@ struct PostActivationsOf {
         return part;
     }
 };
+using PostProducts = PostProductsOf<BuildTypes>;
 using PostActivations = PostActivationsOf<BuildTypes>;
 
 // What a split backward of post_attention leaves for the gradients of its weights: gradients of the layer's output, of

@@ -22,6 +22,7 @@
 #include "llmc/kernels/layernorm.cuh"
 #include "llmc/kernels/matmul.cuh"
 #include "llmc/kernels/attention.cuh"
+#include "llmc/kernels/gelu.cuh"
 #include "llmc/kernels/classifier.cuh"
 #include "llmc/kernels/copy.cuh"
 #include "llmc/kernels/reduce.cuh"
@@ -155,14 +156,36 @@ inline void post_attention_hidden(const BlockContext& ctx, const LayerTensors<fl
     matmul_forward(ctx.device, a.gelu, a.ln2, {w.fc_weight, 4 * C, C}, w.fc_bias, Activation::gelu, a.fc);
 }
 
-// `kept` is where mode `none` keeps the activations for the backward pass; the other modes have none.
+// Where the n rows of post_attention's activations are: kept, in the workspace, or some here and some there.
+inline PostActivations post_rows(const std::optional<PostActivations>& kept, const PostWorkspace& ws, int64_t begin,
+                                 int64_t n) {
+    if (kept && kept->has_all()) return kept->row_range(begin, n);
+    PostActivations a = ws.activations.row_range(0, n);
+    if (kept) a.residual = kept->residual.row_range(begin, n), a.fc = kept->fc.row_range(begin, n);
+    return a;
+}
+
+// The activations of n rows for the backward pass: recomputed as far as they were not kept.
+inline void recompute_post(const BlockContext& ctx, const LayerTensors<floatX>& w,
+                           const std::optional<PostActivations>& kept, const PostActivations& a, Matrix<floatX> branch,
+                           Matrix<const floatR> x, Matrix<const floatX> o, int64_t begin) {
+    const int64_t n = a.residual.rows;
+    if (!kept) {
+        post_attention_hidden(ctx, w, a, branch, x.row_range(begin, n), o.row_range(begin, n));
+    } else if (!kept->has_all()) {
+        layernorm_forward(ctx.device, a.ln2, a.mean, a.rstd, a.residual, w.ln2_weight, w.ln2_bias);
+        gelu_forward(ctx.device, a.gelu, a.fc);
+    }
+}
+
+// `kept` is where activations are kept for the backward pass, all of them or what PostProducts has.
 inline void post_attention_forward(BlockContext ctx, const LayerTensors<floatX>& w, Matrix<floatR> y /*[N, C]*/,
                                    const std::optional<PostActivations>& kept, Matrix<const floatR> x,
                                    Matrix<const floatX> o) {
     const int64_t N = x.rows, C = ctx.config.channels;
     const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
     for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
-        const PostActivations a = kept ? kept->row_range(begin, n) : ws.activations.row_range(0, n);
+        const PostActivations a = post_rows(kept, ws, begin, n);
         const Matrix<floatX> branch = ws.branch.row_range(0, n);
         post_attention_hidden(ctx, w, a, branch, x.row_range(begin, n), o.row_range(begin, n));
         matmul_forward(ctx.device, branch, a.gelu, {w.out_weight, C, 4 * C}, w.out_bias);
@@ -196,11 +219,11 @@ inline void post_attention_backward(BlockContext ctx, const LayerTensors<floatX>
     const Device& device = ctx.device;
     const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
     for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
-        const PostActivations a = kept ? kept->row_range(begin, n) : ws.activations.row_range(0, n);
+        const PostActivations a = post_rows(kept, ws, begin, n);
         const Matrix<const floatX> o_rows = o.row_range(begin, n);
         const Matrix<floatR> d_rows = d_residual.row_range(begin, n);
         const Matrix<floatX> d_ln2 = ws.d_ln2.row_range(0, n), branch = ws.branch.row_range(0, n);
-        if (!kept) post_attention_hidden(ctx, w, a, branch, x.row_range(begin, n), o_rows);
+        recompute_post(ctx, w, kept, a, branch, x, o, begin);
         if (next) {
             const Matrix<floatR> output = ws.output.row_range(0, n);
             const Matrix<floatX> ln1 = ws.d_residual.row_range(0, n);
@@ -243,10 +266,10 @@ inline void post_attention_backward_weight(BlockContext ctx, const LayerTensors<
     const Device& device = ctx.device;
     const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
     for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
-        const PostActivations a = kept ? kept->row_range(begin, n) : ws.activations.row_range(0, n);
+        const PostActivations a = post_rows(kept, ws, begin, n);
         const Matrix<const floatX> o_rows = o.row_range(begin, n), d_out = d.d_out.row_range(begin, n);
         Matrix<floatX> d_fc = ws.d_fc.row_range(0, n);
-        if (!kept) post_attention_hidden(ctx, w, a, ws.branch.row_range(0, n), x.row_range(begin, n), o_rows);
+        recompute_post(ctx, w, kept, a, ws.branch.row_range(0, n), x, o, begin);
         if (d.d_fc.rows) d_fc = d.d_fc.row_range(begin, n);
         else matmul_backward_input(device, d_fc, d_out, {w.out_weight, C, 4 * C}, a.fc);
         matmul_backward_weight(device, {dw.out_weight, C, 4 * C}, dw.out_bias, d_out, a.gelu);

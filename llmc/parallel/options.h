@@ -10,8 +10,8 @@ inline GptConfig model_of(const Config& c) {
 }
 
 inline Recompute recompute_of(const Config& c) {
-    if (c.compute.recompute == "full") return Recompute::full;
-    return c.compute.recompute == "none" ? Recompute::none : Recompute::without_attention;
+    const auto name = std::find(std::begin(recompute_names), std::end(recompute_names), c.compute.recompute);
+    return Recompute(name - std::begin(recompute_names));
 }
 
 // The most chunks that a training step can have. A window is in one chunk or cut into even slices. Of documents that

@@ -161,6 +161,10 @@ inline OpLists lists_of(const RankOptions& o, const std::vector<ChunkShape>& sha
     } else {
         const Schedule& schedule = *find_schedule(o.layout.schedule);
         if (const std::string why = refusal(schedule, in); !why.empty()) throw Failure(EXIT_CONFIG, why);
+        if (o.recompute == Recompute::elementwise && schedule.name == "helix" && !o.layout.helix.move_norm)
+            throw Failure(EXIT_CONFIG,
+                          "helix recomputes as little as --recompute elementwise only with --norm-move on "
+                          "and a --qkv-move; take these, or --recompute without-attention");
         lists = schedule.lists(in);
     }
     if (const std::vector<std::string> problems = check_lists(lists, in); !problems.empty())

@@ -164,7 +164,9 @@ inline OpWork op_work(const Op& op, const ChunkShape& shape, const ChunkWork& ch
     }
     if (op.part == Part::pre && op.pass == Pass::W) product(qkv, 0, 1);
     if (op.part == Part::post) {
-        const bool recomputes = op.pass != Pass::F && !reads(Tensor::post);
+        const bool elementwise = op.pass != Pass::F && reads(Tensor::post_products);
+        const bool recomputes = op.pass != Pass::F && !elementwise && !reads(Tensor::post);
+        if (elementwise) work.bytes += N * C * (r + x) + 2 * N * 4 * C * x;  // LayerNorm, GELU
         if (op.pass == Pass::F || recomputes) hidden();
         if (op.pass == Pass::F) layer_output();
         if (op.pass == Pass::B) {
@@ -178,7 +180,8 @@ inline OpWork op_work(const Op& op, const ChunkShape& shape, const ChunkWork& ch
             if (makes(Tensor::delta)) work.bytes += 2 * N * C * x;
             if (makes(Tensor::d_post)) work.bytes += 2 * N * C * (r + x);
         }
-        if (op.pass == Pass::W && recomputes) product(fc, mlp_chunk, 1);  // its gradient before GELU was not kept
+        if (op.pass == Pass::W && !rules.keeps_d_fc())
+            product(fc, mlp_chunk, 1);  // its gradient before GELU was not kept
         // The gradient of the output of a product is gathered for its input already, unless these run apart.
         const int again = op.pass == Pass::W;
         if (op.pass == Pass::W || (op.pass == Pass::B && !op.split)) {

@@ -27,6 +27,8 @@ struct Op {
     // HelixPipe with weights once a step: where those of a layer come to a rank with its first attention there, where
     // the sum of their gradients begins, and where it goes back and is added.
     bool weights = false;
+    // Where products are recomputed: this part keeps their outputs all the same, since there is memory for them.
+    bool keeps = false;
 };
 
 inline const char* part_name(Part part) {
@@ -73,7 +75,8 @@ enum class Tensor {
     attention_out,  // attention output,
     lse,            // its log-sum-exp,
     delta,          // and the product of its rows and those of its gradient (D in llmc/kernels/attention.cuh)
-    post,           // everything between attention output and layer output, kept when nothing is recomputed
+    post,           // everything between attention output and layer output, kept when nothing is recomputed;
+    post_products,  // of that, what products need again
     store,          // keys and values of a sequence cut into slices
     d_residual,     // gradient of the residual stream, updated in place from head to embed
     d_post,         // what a split backward of post leaves for the gradients of its weights
@@ -86,9 +89,9 @@ enum class Tensor {
 
 inline const char* tensor_name(Tensor tensor) {
     static const char* const names[] = {
-        "residual",    "ln1",   "ln1 statistics", "qkv",           "qkv weights", "attention out",
-        "log-sum-exp", "D",     "post",           "store",         "d residual",  "d post",
-        "d attention", "d qkv", "d ln1",          "d qkv weights", "d store"};
+        "residual",    "ln1",         "ln1 statistics", "qkv",           "qkv weights",   "attention out",
+        "log-sum-exp", "D",           "post",           "post products", "store",         "d residual",
+        "d post",      "d attention", "d qkv",          "d ln1",         "d qkv weights", "d store"};
     return names[int(tensor)];
 }
 
@@ -120,10 +123,15 @@ struct TensorRules {
     bool sends_again() const { return helix.move_norm && recompute != Recompute::none; }
     // cuDNN computes D itself, and wants the attention output.
     Tensor output_sent_again = Tensor::delta;
+    Recompute mode(const Op& op) const {
+        return op.keeps && recompute == Recompute::without_attention ? Recompute::elementwise : recompute;
+    }
     // Whether the forward of post leaves all that its backward needs.
     bool keeps_post(int layer) const {
         return recompute == Recompute::none || (helix.spread_head && layer == layers - 1);
     }
+    // Whether a split backward of post leaves the gradient before GELU, too, which takes a product.
+    bool keeps_d_fc() const { return recompute == Recompute::none || recompute == Recompute::elementwise; }
 };
 
 enum class Access { create, update, read };
@@ -161,7 +169,7 @@ inline std::vector<Use> message_contents(const Op& op, const TensorRules& rules)
         if (op.part == Part::post) carry(Tensor::d_attention, l);
         if (op.part == Part::post && rules.sends_again()) {
             carry(Tensor::residual, l);
-            if (rules.recompute == Recompute::without_attention) carry(rules.output_sent_again, l);
+            if (rules.recompute != Recompute::full) carry(rules.output_sent_again, l);
         }
     }
     return list;
@@ -170,7 +178,8 @@ inline std::vector<Use> message_contents(const Op& op, const TensorRules& rules)
 inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const TensorRules& rules) {
     if (op.kind != Kind::compute) return message_contents(op, rules);
     const int l = op.layer, c = op.chunk, s = shape.store;
-    const bool sliced = s >= 0, none = rules.recompute == Recompute::none;
+    const Recompute mode = rules.mode(op);
+    const bool sliced = s >= 0, none = mode == Recompute::none, elementwise = mode == Recompute::elementwise;
     const bool apart = rules.apart, move = rules.helix.move_qkv, once = rules.helix.weights_once;
     const bool norm = rules.helix.move_norm, again = rules.sends_again();
     std::vector<Use> list;
@@ -180,6 +189,9 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
     const auto create = [&](std::initializer_list<Tensor> tensors) { use(Access::create, tensors, l); };
     const auto read = [&](std::initializer_list<Tensor> tensors) { use(Access::read, tensors, l); };
     const auto update_d_residual = [&] { use(Access::update, {Tensor::d_residual}, -1); };
+    const Tensor kept_post = rules.keeps_post(l) ? Tensor::post
+                             : elementwise       ? Tensor::post_products
+                                                 : Tensor::residual;
     const auto use_store = [&](Tensor tensor, Access access) {
         if (sliced) list.push_back({tensor, l, s, access});
     };
@@ -208,6 +220,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 read({Tensor::residual, Tensor::attention_out});
                 use(Access::create, {Tensor::residual}, l + 1);
                 if (rules.training && rules.keeps_post(l)) create({Tensor::post});
+                else if (rules.training && elementwise) create({Tensor::post_products});
                 break;
             case Part::head:
                 use(Access::read, {Tensor::residual}, rules.layers);
@@ -219,7 +232,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 use(Access::create, {Tensor::d_residual}, -1);
                 break;
             case Part::post:
-                read({rules.keeps_post(l) ? Tensor::post : Tensor::residual});
+                read({kept_post});
                 if (rules.recompute == Recompute::full && !apart) {  // needed first, so recomputed here
                     create({Tensor::ln1, Tensor::ln1_stats, Tensor::qkv, Tensor::attention_out, Tensor::lse});
                     use_store(Tensor::store, Access::read);
@@ -230,17 +243,16 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                     use(Access::read, {move ? Tensor::d_ln1 : Tensor::d_qkv}, l + 1);
                 update_d_residual();
                 create({Tensor::d_attention});
-                if (again && rules.recompute == Recompute::without_attention &&
-                    rules.output_sent_again == Tensor::delta)
+                if (again && rules.recompute != Recompute::full && rules.output_sent_again == Tensor::delta)
                     create({Tensor::delta});
                 if (op.split) create({Tensor::d_post});
                 break;
             case Part::attention:
                 if (move) read_moved(none ? Access::read : Access::create);
-                if (!apart && rules.recompute == Recompute::without_attention) {
+                if (!apart && mode == Recompute::without_attention) {
                     read({Tensor::residual});
                     create({Tensor::ln1, Tensor::ln1_stats, Tensor::qkv});
-                } else if (move && !none) {
+                } else if (move && !none && !elementwise) {
                     create({Tensor::qkv});
                 } else {
                     read({Tensor::qkv});
@@ -261,7 +273,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 if (move && (!once || op.weights)) read({Tensor::d_qkv_weights});
                 if (norm || rules.one_block(l)) break;
                 read({Tensor::residual, move ? Tensor::d_ln1 : Tensor::d_qkv});
-                if (apart && !none) create({Tensor::ln1, Tensor::ln1_stats});
+                if ((apart && !none) || elementwise) create({Tensor::ln1, Tensor::ln1_stats});
                 else read({Tensor::ln1, Tensor::ln1_stats});
                 update_d_residual();
                 break;
@@ -271,8 +283,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
         }
     if (op.pass == Pass::W) {
         if (op.part == Part::pre) read({Tensor::d_qkv, Tensor::ln1});
-        if (op.part == Part::post)
-            read({Tensor::d_post, none ? Tensor::post : Tensor::residual, Tensor::attention_out});
+        if (op.part == Part::post) read({Tensor::d_post, kept_post, Tensor::attention_out});
     }
     return list;
 }

@@ -100,8 +100,10 @@ int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g,
             return bytes_of<MovedWeights<typename Types::S>>(g);
         case Tensor::post:
             return bytes_of<PostActivationsOf<Types>>(N, g);
+        case Tensor::post_products:
+            return bytes_of<PostProductsOf<Types>>(N, g);
         case Tensor::d_post:
-            return bytes_of<PostGradientsOf<Types>>(N, g, rules.recompute == Recompute::none);
+            return bytes_of<PostGradientsOf<Types>>(N, g, rules.keeps_d_fc());
     }
     throw std::logic_error("tensor of unknown kind");
 }
