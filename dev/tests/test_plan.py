@@ -173,6 +173,110 @@ def test_memory_of_all_schedules():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# All schedules on a cluster
+
+CLUSTER = """[device]
+matrix_tflops = 100
+attention_forward_tflops = 80
+attention_backward_tflops = 60
+memory_bandwidth = 2000
+memory = {memory}
+price = 2
+[node]
+devices = 4
+bandwidth = {bandwidth}
+latency = 5
+[network]
+bandwidth = {bandwidth}
+latency = 10
+[cluster]
+devices = 8
+tp = 2
+"""
+
+
+def cluster_file(directory, memory=80, bandwidth=50):
+    file = directory / "mine.toml"
+    file.write_text(CLUSTER.format(memory=memory, bandwidth=bandwidth))
+    return file
+
+
+def compare(file, *more):
+    arguments = ["--cluster", file, "--model", "gpt3:c2048", "--context", 16384, "--chunks", 8, *more]
+    return json.loads(run(*arguments, "--json"))
+
+
+def test_all_schedules_on_a_cluster(tmp_path):
+    found = compare(cluster_file(tmp_path))
+    plans = found["plans"]
+    assert found["ranks"] == 4 and {p["schedule"].split(",")[0] for p in plans} >= {"1f1b", "zb-h1", "interleaved", "helix"}
+    fitting = [p for p in plans if p["fits"]]
+    assert [p["step_ms"] for p in fitting] == sorted(p["step_ms"] for p in fitting)
+    parameters = 24 * 12 * 2048**2 + 50304 * 2048
+    flops = 8 * 16384 * 6 * parameters + 8 * 6 * 24 * 2048 * 16384**2
+    for p in fitting:
+        seconds = p["step_ms"] / 1e3
+        assert p["tokens_per_second"] == pytest.approx(8 * 16384 / seconds)
+        assert p["mfu"] == pytest.approx(flops / seconds / (8 * 100e12), rel=1e-3) and 0.1 < p["mfu"] < 1
+        assert p["dollars_per_billion_tokens"] == pytest.approx(2 * 8 / 3600 * 1e9 / p["tokens_per_second"])
+        assert 0 < p["bubble"] < 0.7 and 0 <= p["exposed_ms"] < p["step_ms"]
+        assert sum(p["bytes"][kind] for kind in ("model", "activations", "workspace")) == p["bytes"]["total"] < 80e9
+        assert p["longest_context"] >= 16384
+    # 16 bytes and 2 of weights for each parameter of the first stage, on two devices.
+    gpipe = next(p for p in plans if p["schedule"] == "gpipe")
+    assert gpipe["bytes"]["model"] == pytest.approx(18 * (6 * 12 * 2048**2 + (50304 + 16384) * 2048) / 2, rel=0.01)
+    assert compare(cluster_file(tmp_path)) == found  # the same every time
+
+    table = run("--cluster", cluster_file(tmp_path), "--model", "gpt3:c2048", "--context", 16384, "--chunks", 8)
+    assert "rates 20 % off" in table and "longest sequence that fits" in table
+    assert f"{fitting[0]['step_ms'] / 1e3:.3f}" in table.splitlines()[6]
+    best = json.loads(run("--cluster", cluster_file(tmp_path), "--model", "gpt3:c2048", "--context", 16384, "--chunks", 8,
+                          "--schedule", fitting[0]["schedule"].split(",")[0], "--recompute", fitting[0]["recompute"],
+                          *(["--folds", fitting[0]["schedule"][-1]] if "folds" in fitting[0]["schedule"] else []), "--json"))
+    assert best["step_ms"] == pytest.approx(fitting[0]["step_ms"])
+    run("--cluster", cluster_file(tmp_path), "--model", "gpt3:c2048", "--context", 16384, "--chunks", 8, "--draw", tmp_path / "a.svg")
+    assert "MFU" not in (tmp_path / "a.svg").read_text()
+
+
+def test_memory_and_links_decide(tmp_path):
+    roomy, tight = compare(cluster_file(tmp_path)), compare(cluster_file(tmp_path, memory=12))
+    modes = [{p["schedule"]: p["recompute"] for p in found["plans"] if p["fits"]} for found in (roomy, tight)]
+    assert modes[0]["gpipe"] == "none" and modes[1].get("gpipe") != "none"
+    assert all("reason" in p and "12 GB" in p["reason"] for p in tight["plans"] if not p["fits"])
+    assert all(p["longest_context"] < 16384 for p in tight["plans"] if not p["fits"])
+
+    def step_ms(found):
+        return {(p["schedule"], p["recompute"]): p["step_ms"] for p in found["plans"]}
+    fast, slow = (step_ms(compare(cluster_file(tmp_path, bandwidth=b), "--recompute", "without-attention")) for b in (50, 5))
+    assert fast.keys() == slow.keys() and all(slow[key] > fast[key] for key in fast)
+    # A sequence in slices is for gpipe alone.
+    sliced = compare(cluster_file(tmp_path), "--chunk-tokens", 8192)["plans"]
+    assert [p["schedule"] for p in sliced if p["fits"]] == ["gpipe"]
+    assert all("cannot run the slices" in p["reason"] for p in sliced if not p["fits"])
+
+
+def test_published_result():
+    """HelixPipe, 7B, 128k tokens, 64 H20: 26 % faster than the better of 1F1B and ZB1P."""
+    found = json.loads(run("--cluster", "h20x64", "--model", "helixpipe:7b", "--chunks", 16, "--print", "all", "--json"))
+    ms = {(p["schedule"], p["recompute"]): p["step_ms"] for p in found["plans"]}
+    helix = ms["helix, folds 2", "without-attention"]
+    print("1f1b", ms["1f1b", "none"] / helix, "zb-h1", ms["zb-h1", "none"] / helix)
+    assert 1.22 < ms["1f1b", "none"] / helix < 1.30 and 1.20 < ms["zb-h1", "none"] / helix < 1.30
+
+
+def test_bad_clusters_are_refused(tmp_path):
+    assert "h20x64" in run("--cluster", "h20x65", check=2)
+    bad = cluster_file(tmp_path)
+    bad.write_text(bad.read_text().replace("= 100", "= fast").replace("devices = 4", "devices = 0"))
+    message = run("--cluster", bad, check=2)
+    assert "mine.toml:2: matrix_tflops is no number: fast" in message and "mine.toml:9: devices is 0" in message
+    assert "at most --ranks 4" in run("--cluster", cluster_file(tmp_path), "--ranks", 5, check=2)
+    assert "--cluster h20x64" in run("--print", "all", check=2)
+    assert "--print all" in run("--print", "memory", "--cluster", "h20x64", check=2)
+    assert "one of the two" in run("--times", "1,2,3", "--cluster", "h20x64", check=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 @pytest.mark.parametrize("p", [2, 5, 16])
@@ -216,7 +320,7 @@ def test_one_rank_and_slices():
     (["--draw", "a.svg", "--print", "memory"], "--print table"),
     (["--model", "tinny"], "--model tiny"),
     (["--channels", 190], "--heads"),
-    (["--print", "all"], "--print"),
+    (["--print", "every"], "--print"),
     (["--steps", 3], "other commands"),
 ])
 def test_refusals(arguments, words):

@@ -101,14 +101,15 @@ def test_processes(more):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--times", "1,2"], "--times 1,4,3"),
-    (["--times", "1,4,3", "--cluster", "h20x64"], "leave out --times or --cluster"),
+    (["--times", "1,4,3", "--cluster", "h20x64"], "use one of the two"),
     (["--cluster", "h20x46"], "h20x64"),
-    (["--cluster", "h200x8", "--ranks", 4096], "--cluster h200x8: it has 8 devices"),
+    (["--cluster", "h200x8", "--ranks", 4096], "h200x8 has 8 devices"),
     (["--time-scale", 0], "--time-scale"),
     (["--time-scale", "-1"], "--time-scale"),
     (["--repeats", 0], "--repeats"),
     (["--draw", "a.svg"], "other commands"),
     (["--schedule", "1f2b"], "use --schedule 1f1b"),
+    (["--schedule", "auto", "--cluster", "h20x64"], "one schedule is rehearsed"),
     (["--chunks", 10**9], "a million"),
 ])
 def test_refusals(arguments, words):

@@ -1,68 +1,23 @@
-// `plan`: what a schedule would do, without running it. Lists, memory and messages are those of training; times come
-// from --times, from a cluster or from the arithmetic and the machine's measured peak.
+// `plan`: what a schedule would do, without running it. Lists, memory and messages are those of training. Times come
+// from a cluster's description, from --times, or from the arithmetic and the machine's measured peak; without a cluster
+// messages take none. With a cluster and no --schedule, all schedules are compared.
 #pragma once
 
 #include <cstdlib>
 
-#include "llmc/io/config.h"
-#include "llmc/io/log.h"
+#include "llmc/commands/compare.h"
 #include "llmc/kernels/peak.h"
-#include "llmc/parallel/rank.h"
-#include "llmc/pipeline/costs.h"
 #include "llmc/pipeline/print.h"
 #include "llmc/pipeline/trace.h"
 
-// A step of all ranks.
-struct PlannedStep {
-    RankOptions options;
-    ScheduleInput input;
-    std::vector<ChunkShape> chunks;
-    OpLists lists;  // proven by lists_of
-
-    PlannedStep(RankOptions o, int count) : options(std::move(o)) {
-        options.layout.max_chunks = count;
-        const int slices = int(ceil_div(options.model.context, options.chunk_tokens));  // of each sequence
-        std::vector<int> groups(size_t(count / slices), slices);
-        if (count % slices) groups.push_back(count % slices);
-        chunks = chunk_shapes(groups, options.chunk_tokens, options.model.context);
-        input = options.schedule_input(count, true, slices > 1 && count > 1);
-        lists = lists_of(options, chunks, true);
-    }
-
-    TensorRules rules() const { return options.tensor_rules(true); }
-    Plan plan_of(int rank) const { return make_plan(lists[size_t(rank)], chunks, options.model, rules()); }
-    int64_t message_bytes(const Op& op) const {
-        int64_t bytes = 0;
-        for (const Use& use : message_contents(op, rules()))
-            bytes += tensor_bytes(use.tensor, chunks[size_t(op.chunk)], options.model, rules());
-        return bytes;
-    }
-};
-
-// Rows of a name and values, the values in columns.
-inline std::string columns_text(const std::vector<std::vector<std::string>>& rows) {
-    std::vector<size_t> widths;
-    for (const auto& row : rows) {
-        widths.resize(std::max(widths.size(), row.size()));
-        for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
-    }
-    std::string text;
-    for (const auto& row : rows) {
-        for (size_t i = 0; i < row.size(); ++i) {
-            const std::string space(widths[i] - row[i].size(), ' ');
-            text += "  " + (i == 0 ? row[i] + space : space + row[i]);
-        }
-        text += "\n";
-    }
-    return text;
-}
-
 // Times and arena of every rank, and what the arena holds at the op where it holds most.
-inline std::string step_tables(const PlannedStep& step, const Timeline& timeline, const std::string& times) {
+inline std::string step_tables(const PlannedStep& step, const Timeline& timeline, const std::string& times,
+                               const Cluster* cluster) {
     const auto ms = [](double value) { return format("%.4g", value); };
     std::vector<std::vector<std::string>> rows = {
         {"rank"}, {"busy ms"}, {"idle ms"}, {"weights, gradients, moments"}, {"workspace"}, {"activations"}};
     RankOptions options = step.options;
+    const int64_t tp = cluster ? cluster->tp : 1;
     std::vector<Plan> plans;
     std::map<Tensor, std::vector<int64_t>> bytes;  // [rank]
     for (int r = 0; r < step.input.ranks; ++r) {
@@ -72,29 +27,38 @@ inline std::string step_tables(const PlannedStep& step, const Timeline& timeline
         rows[1].push_back(ms(busy));
         rows[2].push_back(ms(timeline.makespan - busy));
         options.layout.rank = r;
-        const MemoryPlan besides = memory_besides_activations(options);
-        rows[3].push_back(bytes_text(besides.weights + besides.master + besides.gradients + besides.moments));
-        rows[4].push_back(bytes_text(besides.workspace + besides.scratch));
-        rows[5].push_back(bytes_text(plans.back().size.bytes));
+        DeviceBytes held;
+        if (cluster) {
+            held = bytes_on(*cluster, options, step.sizes, r, plans.back().size.bytes);
+        } else {
+            const MemoryPlan besides = memory_besides_activations(options);
+            held = {besides.weights + besides.master + besides.gradients + besides.moments, plans.back().size.bytes,
+                    besides.workspace + besides.scratch};
+        }
+        rows[3].push_back(bytes_text(held.model));
+        rows[4].push_back(bytes_text(held.workspace));
+        rows[5].push_back(bytes_text(held.activations));
         for (const auto& [tensor, size] : plans.back().bytes_at_peak())
-            bytes.try_emplace(tensor, step.input.ranks).first->second[size_t(r)] = size;
+            bytes.try_emplace(tensor, step.input.ranks).first->second[size_t(r)] = size / tp;
     }
     for (const auto& [tensor, sizes] : bytes) {
         rows.push_back({std::string("  ") + tensor_name(tensor)});
         for (int64_t size : sizes) rows.back().push_back(bytes_text(size));
     }
     rows.push_back({"  gaps"});
-    for (const Plan& plan : plans) rows.back().push_back(bytes_text(plan.size.bytes - plan.size.live_peak));
-    return table_text("plan", {{"schedule", step.options.schedule_name()},
-                               {"ranks", std::to_string(step.input.ranks)},
-                               {"layers", std::to_string(step.input.layers)},
-                               {"chunks", std::to_string(step.input.chunks) + " of " +
-                                              std::to_string(step.options.chunk_tokens) + " tokens"},
-                               {"times", times},
-                               {"step", ms(timeline.makespan) + " ms, without the optimizer"},
-                               {"bubble", ms(timeline.bubble()) + " ms of the busiest rank, " +
-                                              format("%.1f %%", 100 * timeline.mean_bubble() / timeline.makespan) +
-                                              " of all ranks' time"}}) +
+    for (const Plan& plan : plans) rows.back().push_back(bytes_text((plan.size.bytes - plan.size.live_peak) / tp));
+    return table_text("plan",
+                      {{"schedule", step.options.schedule_name()},
+                       {"ranks", std::to_string(step.input.ranks)},
+                       {"layers", std::to_string(step.input.layers)},
+                       {"chunks", std::to_string(step.input.chunks) + " of " +
+                                      std::to_string(step.options.chunk_tokens) + " tokens"},
+                       {"times", times},
+                       {"step", ms(timeline.makespan) + (cluster ? " ms, without the optimizer"
+                                                                 : " ms, without communication and the optimizer")},
+                       {"bubble", ms(timeline.bubble()) + " ms of the busiest rank, " +
+                                      format("%.1f %%", 100 * timeline.mean_bubble() / timeline.makespan) +
+                                      " of all ranks' time"}}) +
            "ranks\n" + columns_text(rows);
 }
 
@@ -117,7 +81,7 @@ inline std::string memory_text(RankOptions options, int chunks) {
     std::vector<Schedule> all = schedules();
     if (p == 1) all.resize(1);  // a rank by itself accumulates
     for (const Schedule& schedule : all)
-        for (const Recompute recompute : recompute_modes) {
+        for (const Recompute recompute : {Recompute::none, Recompute::without_attention, Recompute::full}) {
             options.layout.schedule = schedule.name;
             options.layout.virtual_stages = schedule.name == "interleaved" ? wanted_stages : 0;
             options.recompute = recompute;
@@ -126,7 +90,7 @@ inline std::string memory_text(RankOptions options, int chunks) {
             std::string name;
             try {
                 const PlannedStep step(options, chunks);
-                name = step.options.schedule_name() + ", recompute " + recompute_names[int(recompute)];
+                name = step.options.schedule_name() + ", recompute " + recompute_name(recompute);
                 for (int r = 0; r < p; ++r) {
                     const Plan plan = step.plan_of(r);
                     bytes.push_back(plan.size.bytes);
@@ -173,56 +137,72 @@ inline std::string step_json(const PlannedStep& step, const std::vector<std::vec
     return json_text(more, -1);
 }
 
-// How long the ops and messages of a step take, as the flags have it.
+// The cluster to plan for, if one is named; all of its ranks, unless --ranks is given.
+inline std::optional<Cluster> planned_cluster(const Config& c, RankOptions& options) {
+    if (c.plan.cluster.empty()) return std::nullopt;
+    const Cluster cluster = read_cluster(c.plan.cluster);
+    if (!c.is_given("ranks") && c.launch.ranks == 1) options.layout.ranks = cluster.ranks();
+    if (options.layout.ranks > cluster.ranks())
+        throw Failure(EXIT_CONFIG, "--ranks " + std::to_string(options.layout.ranks) + ": the cluster " + cluster.name +
+                                       " has " + std::to_string(cluster.devices) + " devices in groups of " +
+                                       std::to_string(cluster.tp) + "; use at most --ranks " +
+                                       std::to_string(cluster.ranks()));
+    return cluster;
+}
+
+inline PlannedStep planned_step(const Config& c, const RankOptions& options, const std::optional<Cluster>& cluster) {
+    return PlannedStep(options, int(planned_chunks(c)),
+                       cluster ? element_sizes(cluster->precision) : sizes_of<BuildTypes>());
+}
+
+// How long the ops and messages of a step take.
 struct PlannedTimes {
     std::function<double(const Op&)> op_ms;
     std::function<double(const Op& send, int rank)> message_ms;
     std::string text;  // where they come from
 };
 
-// Whether nothing else tells how fast a rank is.
-inline bool needs_peak(const Config& c) { return c.plan.times.empty() && c.plan.cluster.empty(); }
-
-// `gflops`: the measured peak of a rank.
-inline PlannedTimes planned_times(const Config& c, const PlannedStep& step, double gflops) {
-    const auto free = [](const Op&, int) { return 0.0; };
+// measure_gflops(): the peak of a rank on this machine, where nothing else tells how fast it is.
+template <class MeasureGflops>
+PlannedTimes planned_times(const Config& c, const PlannedStep& step, const std::optional<Cluster>& cluster,
+                           const MeasureGflops& measure_gflops) {
     if (const std::vector<double> given = forward_times(c.plan.times); !given.empty())
-        return {OpTimes{{given[0], given[1], given[2]}, step.rules()}, free,
-                "forward " + c.plan.times + " ms for pre, attention, post; messages take none"};
-    const auto costs = [&](const Cluster& cluster, const ElementSizes& sizes) {
-        return OpCosts(cluster, sizes, step.options.model, step.chunks, step.rules(), step.options.mlp_chunk,
-                       step.options.head_chunk);
-    };
-    if (c.plan.cluster.empty())
-        return {
-            costs(cluster_of_rate(gflops), sizes_of<BuildTypes>()), free,
-            format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak); messages take none"};
-    const Cluster cluster = read_cluster(c.plan.cluster);
-    if (step.input.ranks > cluster.ranks())
-        throw Failure(EXIT_CONFIG, "--ranks " + std::to_string(step.input.ranks) + ", --cluster " + c.plan.cluster +
-                                       ": it has " + std::to_string(cluster.devices) + " devices, " +
-                                       std::to_string(cluster.tp) + " behind each rank; use --ranks " +
-                                       std::to_string(cluster.ranks()));
-    const auto on_cluster = std::make_shared<OpCosts>(costs(cluster, element_sizes(cluster.precision)));
-    return {[on_cluster](const Op& op) { return (*on_cluster)(op); },
-            [on_cluster](const Op& send, int rank) { return on_cluster->message_ms(send, rank); },
-            "those of " + cluster.name + ", messages by its links"};
+        return {OpTimes{{given[0], given[1], given[2]}, step.rules()}, [](const Op&, int) { return 0.0; },
+                "forward " + c.plan.times + " ms for pre, attention, post"};
+    const double gflops = cluster ? 0 : measure_gflops();
+    const auto costs = std::make_shared<OpCosts>(step.costs(cluster ? *cluster : cluster_of_rate(gflops)));
+    return {[costs](const Op& op) { return (*costs)(op); },
+            [costs](const Op& send, int rank) { return costs->message_ms(send, rank); },
+            cluster ? "on " + cluster_text(*cluster, step.input.ranks)
+                    : format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak)"};
 }
 
 // `options` are those that training would have.
-inline int plan_command(const Config& c, const RankOptions& options) {
+inline int plan_command(const Config& c, RankOptions options) {
     const int chunks = int(planned_chunks(c));
+    const std::optional<Cluster> cluster = planned_cluster(c, options);
     if (c.plan.print == "memory") {
         std::fputs(memory_text(options, chunks).c_str(), stdout);
         return 0;
     }
-    const PlannedStep step(options, chunks);
+    std::optional<Comparison> comparison;
+    if (cluster && (!c.is_given("schedule") || c.parallel.schedule == "auto")) {
+        const OpenChoices open{true, !c.is_given("recompute"), !c.is_given("folds"), !c.is_given("virtual-stages")};
+        comparison.emplace(*cluster, options, chunks, open, c.plan.print == "all");
+        if (c.plan.print != "ops" && c.plan.draw.empty()) {
+            const auto text = c.json ? comparison_json : comparison_text;
+            std::printf(c.json ? "%s\n" : "%s", text(*comparison, options, chunks).c_str());
+            return 0;
+        }
+        if (!comparison->plans[0].step) throw Failure(EXIT_CONFIG, comparison->plans[0].refusal);
+    }
+    const PlannedStep step = comparison ? *std::move(comparison->plans[0].step) : planned_step(c, options, cluster);
     if (c.plan.print == "ops") {
         std::fputs(ops_text(step).c_str(), stdout);
         return 0;
     }
 
-    const PlannedTimes times = planned_times(c, step, needs_peak(c) ? measure_matrix_peak(c.threads()) : 0);
+    const PlannedTimes times = planned_times(c, step, cluster, [&] { return measure_matrix_peak(c.threads()); });
     const Timeline timeline = simulate(step.lists, step.input, times.op_ms, times.message_ms);
     const Picture picture{printed("%s, ranks %d, layers %d, chunks %d", step.options.schedule_name().c_str(),
                                   step.input.ranks, step.input.layers, chunks),
@@ -236,6 +216,7 @@ inline int plan_command(const Config& c, const RankOptions& options) {
         write_file(c.plan.draw, svg_picture(picture));
     }
     if (c.json) std::printf("%s\n", step_json(step, picture.ranks).c_str());
-    else if (c.plan.draw.empty()) std::fputs(step_tables(step, timeline, times.text).c_str(), stdout);
+    else if (c.plan.draw.empty())
+        std::fputs(step_tables(step, timeline, times.text, cluster ? &*cluster : nullptr).c_str(), stdout);
     return 0;
 }

@@ -86,13 +86,15 @@ std::string durations_text(const OpLists& lists, const OpMs& op_ms) {
 }
 
 // `options` are those that training would have.
-inline int rehearse_command(const Config& c, const RankOptions& options, Team& team) {
-    const PlannedStep step(options, int(planned_chunks(c)));
+inline int rehearse_command(const Config& c, RankOptions options, Team& team) {
+    const std::optional<Cluster> cluster = planned_cluster(c, options);
+    const PlannedStep step = planned_step(c, options, cluster);
     const int p = step.input.ranks;
-    double gflops = 0;  // measured by one process, known to all
-    if (needs_peak(c) && team.speaks()) gflops = measure_matrix_peak(c.threads());
-    team.processes().sum({&gflops, 1});
-    const PlannedTimes times = planned_times(c, step, gflops);
+    const PlannedTimes times = planned_times(c, step, cluster, [&] {  // one process measures for all
+        double gflops = team.speaks() ? measure_matrix_peak(c.threads()) : 0;
+        team.processes().sum({&gflops, 1});
+        return gflops;
+    });
     const double scale = c.rehearse.time_scale;
     const auto op_ms = [&](const Op& op) { return scale * times.op_ms(op); };
     const auto message_ms = [&](const Op& send, int rank) { return scale * times.message_ms(send, rank); };

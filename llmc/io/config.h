@@ -41,7 +41,8 @@ inline void fill_config(Config& c) {
     if (c.command == "tokenize") fill(c.data.tokenizer, "bytes");
     fill(c.data.batch_tokens, 8 * c.model.context);
     if (c.launch.ranks > 1 && !c.is_given("ranks")) c.parallel.ranks = c.launch.ranks;
-    fill(c.data.chunk_tokens, c.parallel.ranks > 1 ? c.model.context : c.data.batch_tokens);
+    const bool pipeline = c.parallel.ranks > 1 || (c.command != "train" && !c.plan.cluster.empty());
+    fill(c.data.chunk_tokens, pipeline ? c.model.context : c.data.batch_tokens);
 }
 
 [[noreturn]] inline void refuse_config(const std::vector<std::string>& violations) {

@@ -81,7 +81,7 @@ struct Config {
     } tokenize;
     struct {
         std::string print = "table", draw;  // draw: a file
-        std::string times, cluster;
+        std::string times, cluster;         // cluster: a description in dev/clusters, also for `train --schedule auto`
         int64_t chunks = 0;
     } plan;
     struct {
@@ -165,7 +165,7 @@ inline const std::vector<Flag>& flag_table() {
     static const Limits not_negative{.low = 0}, positive{.low = 0, .low_open = true};
     // clang-format off
     static const std::vector<Flag> table = {
-        {"model", TRAIN | PLAN | REHEARSE, IN(model, name), "preset: tiny, bytes, gpt2:d12, gpt3:c768, ..., custom"},
+        {"model", TRAIN | PLAN | REHEARSE, IN(model, name), "preset: tiny, bytes, gpt2:d12, gpt3:c768, helixpipe:7b, ..., custom"},
         {"layers", TRAIN | PLAN | REHEARSE, IN(model, layers), "layers, 0 = the preset's", {0, 10000}},
         {"channels", TRAIN | PLAN | REHEARSE, IN(model, channels), "width, 0 = the preset's", {0, 1 << 20}},
         {"heads", TRAIN | PLAN | REHEARSE, IN(model, heads), "attention heads, 0 = the preset's", {0, 1 << 16}},
@@ -222,7 +222,8 @@ inline const std::vector<Flag>& flag_table() {
         {"ranks", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(parallel, ranks),
          "pipeline ranks, as threads of this process; under mpirun its number of processes", {1, 4096}},
         {"schedule", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(parallel, schedule),
-         "who computes what when, with several ranks", {.choices = "gpipe|1f1b|interleaved|zb-h1|zb-h2|helix"}},
+         "who computes what when, with several ranks; auto: the best of those that plan --cluster compares",
+         {.choices = "gpipe|1f1b|interleaved|zb-h1|zb-h2|helix|auto"}},
         {"folds", TRAIN | EVAL | PLAN | REHEARSE, IN(parallel, folds), "helix: chunks handled back to back", {1, 1024}},
         {"virtual-stages", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(parallel, virtual_stages),
          "interleaved: stages a rank, 0 = as many as there are layers for", {0, 10000}},
@@ -271,13 +272,14 @@ inline const std::vector<Flag>& flag_table() {
         {"shard-tokens", TOKENIZE, IN(tokenize, shard_tokens), "tokens of one file", {1, (1LL << 31) - 1}},
 
         {"print", PLAN, IN(plan, print),
-         "times and memory of the schedule, its ops, or the memory of all", {.choices = "table|ops|memory"}},
+         "times and memory of the schedule, its ops, the memory of all; with a cluster all recompute modes of all",
+         {.choices = "table|ops|memory|all"}},
         {"draw", PLAN, IN(plan, draw), "a picture of the plan: FILE.svg, or - for the terminal"},
+        {"cluster", TRAIN | PLAN | REHEARSE, IN(plan, cluster),
+         "hardware to plan for: a name in dev/clusters, or a file; without --schedule all schedules are compared"},
         {"chunks", PLAN | REHEARSE, IN(plan, chunks), "chunks a step, 0 = those of --batch-tokens", count},
         {"times", PLAN | REHEARSE, IN(plan, times),
          "forward times of pre,attention,post, such as 1,4,3; none = from the FLOPs"},
-        {"cluster", PLAN | REHEARSE, IN(plan, cluster),
-         "times of ops and messages on this hardware: a description in dev/clusters, or a path; none = this machine"},
         {"time-scale", REHEARSE, IN(rehearse, time_scale), "all times are multiplied by it", positive},
         {"repeats", REHEARSE, IN(rehearse, repeats), "steps; the one of the median time is reported", {1, 10000}},
         {"json", PLAN | REHEARSE | DOCTOR, "output", [](Config& c) -> Field { return &c.json; }, "print one JSON object instead of tables"},

@@ -131,20 +131,39 @@ inline const std::vector<Relation>& relation_table() {
         }},
         {TRAIN | EVAL, {"ranks", "schedule", "chunk-tokens", "context"}, [](const Config& c) -> string {
             const bool sliced = c.data.chunk_tokens && c.data.chunk_tokens < c.model.context;
-            if (c.parallel.ranks == 1 || !sliced || c.parallel.schedule == "gpipe") return "";
+            if (c.parallel.ranks == 1 || !sliced || c.parallel.schedule == "gpipe" || c.parallel.schedule == "auto")
+                return "";
             return "sequences longer than a chunk are cut into slices, which this schedule cannot run; use --schedule "
                    "gpipe, --ranks 1 or --chunk-tokens " + to_string(c.model.context);
         }},
         {TRAIN, {"verify-layout", "ranks"}, [](const Config& c) -> string {
             return c.run.verify_layout && c.parallel.ranks == 1 ? "one rank is compared with several; use --ranks 2" : "";
         }},
-        {PLAN | REHEARSE, {"times"}, [](const Config& c) -> string {
-            if (c.plan.times.empty() || !forward_times(c.plan.times).empty()) return "";
-            return "three times in ms, of pre, attention and post, not all 0; use --times 1,4,3";
+        {REHEARSE, {"schedule"}, [](const Config& c) -> string {
+            if (c.parallel.schedule != "auto") return "";
+            return "one schedule is rehearsed; use --schedule helix (`train_gpt plan --cluster` compares them)";
+        }},
+        {GENERATE | EVAL, {"schedule"}, [](const Config& c) -> string {
+            if (c.parallel.schedule != "auto") return "";
+            return "schedules are compared for training; use --schedule 1f1b";
+        }},
+        {PLAN, {"schedule", "cluster"}, [](const Config& c) -> string {
+            if (c.parallel.schedule != "auto" || !c.plan.cluster.empty()) return "";
+            return "schedules are compared on a cluster; use --cluster h20x64, or --schedule 1f1b";
+        }},
+        {PLAN, {"print", "cluster"}, [](const Config& c) -> string {
+            if (c.plan.print == "all" && c.plan.cluster.empty())
+                return "schedules are compared on a cluster; use --cluster h20x64, or --print memory";
+            if (c.plan.print != "memory" || c.plan.cluster.empty()) return "";
+            return "that is the memory of this program; use --print all, or no --cluster";
         }},
         {PLAN | REHEARSE, {"times", "cluster"}, [](const Config& c) -> string {
             if (c.plan.times.empty() || c.plan.cluster.empty()) return "";
-            return "times come from one of them; leave out --times or --cluster";
+            return "the times are given or follow from the cluster; use one of the two";
+        }},
+        {PLAN | REHEARSE, {"times"}, [](const Config& c) -> string {
+            if (c.plan.times.empty() || !forward_times(c.plan.times).empty()) return "";
+            return "three times in ms, of pre, attention and post, not all 0; use --times 1,4,3";
         }},
 #ifdef USE_CUDA
         {REHEARSE, {"ranks"}, [](const Config&) -> string {
@@ -158,7 +177,8 @@ inline const std::vector<Relation>& relation_table() {
                    to_string(std::max<int64_t>(1, most / (6 * c.model.layers + 2)));
         }},
         {PLAN, {"print", "json", "draw"}, [](const Config& c) -> string {
-            if ((c.plan.print != "table") + c.json + (c.plan.draw == "-") > 1)
+            const bool list = c.plan.print == "ops" || c.plan.print == "memory";
+            if (list + c.json + (c.plan.draw == "-") > 1)
                 return "the terminal shows one of them; use --draw plan.svg, or the others one by one";
             if (c.plan.print == "table" || c.plan.draw.empty()) return "";
             return "lists are printed or drawn; use --print table";

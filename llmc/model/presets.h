@@ -1,5 +1,6 @@
 // Named model sizes, as users of llm.c know them: gpt2:d12 (depth names the size; plain d12 works too), gpt3:c768
-// (channels name it), and two byte-level models small enough for a CPU. Explicit --layers and so on override them.
+// (channels name it), those of the HelixPipe paper (arXiv 2507.00394), and two byte-level models small enough for a
+// CPU. Explicit --layers and so on override them.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +31,9 @@ inline const std::vector<Preset>& presets() {
         {"gpt3:c4096", 32, 4096, 32, 2048, "gpt2"},
         {"gpt3:c5120", 40, 5120, 40, 2048, "gpt2"},
         {"gpt3:c12288", 96, 12288, 96, 2048, "gpt2"},
+        {"helixpipe:1.3b", 24, 2048, 16, 131072, "gpt2"},
+        {"helixpipe:3b", 16, 4096, 32, 131072, "gpt2"},
+        {"helixpipe:7b", 32, 4096, 32, 131072, "gpt2"},
         {"custom", 0, 0, 0, 0, "bytes"},
     };
     return table;

@@ -8,7 +8,7 @@
 
 #include <map>
 #include <stdexcept>
-#include <tuple>
+#include <unordered_map>
 
 #include "llmc/model/activations.h"
 #include "llmc/pipeline/arena.h"
@@ -120,11 +120,17 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
     Plan plan{std::move(list), std::move(chunks), rules};
     const Chain chain{rules.layers, rules.training};
     const int count = int(plan.ops.size());
-    std::map<std::tuple<Tensor, int, int>, size_t> alive;  // the latest tensor of each name
-    std::map<std::pair<int, int>, int> received;           // [chunk, position in the chain] op that receives its result
-    std::map<std::pair<int, int>, int> slice;              // [layer, store] chunk whose attention ran last
-    std::vector<std::pair<int, size_t>> sending;           // batch, tensor
+    std::unordered_map<uint64_t, size_t> alive;   // the latest tensor of each kind, layer and owner
+    std::vector<int> received;                    // [chunk][position in the chain] op that receives its result, or -1
+    std::map<std::pair<int, int>, int> slice;     // [layer, store] chunk whose attention ran last
+    std::vector<std::pair<int, size_t>> sending;  // batch, tensor
     std::vector<std::vector<size_t>> used(plan.ops.size());
+    alive.reserve(plan.ops.size());
+    received.assign(plan.chunks.size() * size_t(chain.length()), -1);
+    plan.memory.reserve(plan.ops.size());
+    const auto received_at = [&](const Op& op, int before) -> int& {
+        return received[size_t(op.chunk) * size_t(chain.length()) + size_t(chain.position(op) - before)];
+    };
     const auto live_until = [&](size_t tensor, int op) {
         int& last = plan.tensors[tensor].life.last;
         last = std::max(last, op);
@@ -133,12 +139,12 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
         const Op& op = plan.ops[size_t(i)];
         const ChunkShape& shape = plan.chunks[size_t(op.chunk)];
         plan.receive_of.push_back(-1);
-        if (op.kind == Kind::receive) received[{op.chunk, chain.position(op)}] = i;
-        if (op.kind == Kind::compute && op.pass != Pass::W)
-            if (const auto input = received.find({op.chunk, chain.position(op) - 1}); input != received.end()) {
-                plan.receive_of.back() = input->second;
+        if (op.kind == Kind::receive) received_at(op, 0) = i;
+        if (op.kind == Kind::compute && op.pass != Pass::W && chain.position(op) > 0)
+            if (const int input = received_at(op, 1); input >= 0) {
+                plan.receive_of.back() = input;
                 std::erase_if(sending, [&](const auto& send) {
-                    const bool complete = send.first < plan.ops[size_t(input->second)].batch;
+                    const bool complete = send.first < plan.ops[size_t(input)].batch;
                     if (complete) live_until(send.second, i - 1);
                     return complete;
                 });
@@ -152,17 +158,19 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
         }
         plan.memory.emplace_back();
         for (const Use& use : uses(op, shape, rules)) {
-            const std::tuple key{use.tensor, use.layer, use.owner};
+            const uint64_t key = (uint64_t(use.owner) << 32 | uint64_t(use.layer + 1) << 8) | uint64_t(use.tensor);
+            const auto [place, is_new] = alive.try_emplace(key, plan.tensors.size());
             if (use.access == Access::create) {
-                alive[key] = plan.tensors.size();
+                place->second = plan.tensors.size();
                 plan.tensors.push_back({use.tensor, use.layer, use.owner, {bytes(use.tensor, shape, g, rules), i, i}});
-            } else if (!alive.count(key)) {
+            } else if (is_new) {
+                alive.erase(place);
                 if (use.tensor == Tensor::qkv_weights || use.owner < 0) continue;  // the rank's own
                 throw std::logic_error("the schedule runs before its inputs exist: " + op_name(op));
             }
-            live_until(alive[key], i);
-            if (op.kind == Kind::send) sending.push_back({op.batch, alive[key]});
-            used[size_t(i)].push_back(alive[key]);
+            live_until(place->second, i);
+            if (op.kind == Kind::send) sending.push_back({op.batch, place->second});
+            used[size_t(i)].push_back(place->second);
             plan.memory.back().push_back({use.tensor, use.layer, 0});
         }
     }

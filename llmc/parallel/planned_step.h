@@ -1,0 +1,64 @@
+// A step as it is planned for all ranks, on this machine or on a cluster: lists, messages, memory, times. `plan` shows
+// one, compare_plans.h compares several.
+#pragma once
+
+#include "llmc/parallel/rank.h"
+#include "llmc/pipeline/costs.h"
+
+// Bytes of a device by kind.
+struct DeviceBytes {
+    int64_t model = 0;  // weights, master weights, gradients, moments
+    int64_t activations = 0, workspace = 0;
+
+    int64_t total() const { return model + activations + workspace; }
+};
+
+struct PlannedStep {
+    RankOptions options;
+    ElementSizes sizes;
+    ScheduleInput input;
+    std::vector<ChunkShape> chunks;
+    OpLists lists;  // proven by lists_of
+
+    explicit PlannedStep(RankOptions o, int count, const ElementSizes& sizes = sizes_of<BuildTypes>())
+        : options(std::move(o)), sizes(sizes) {
+        options.layout.max_chunks = count;
+        const int slices = int(ceil_div(options.model.context, options.chunk_tokens));  // of each sequence
+        std::vector<int> groups(size_t(count / slices), slices);
+        if (count % slices) groups.push_back(count % slices);
+        chunks = chunk_shapes(groups, options.chunk_tokens, options.model.context);
+        input = options.schedule_input(count, true, slices > 1 && count > 1);
+        lists = lists_of(options, chunks, true);
+    }
+
+    TensorRules rules() const { return options.tensor_rules(true); }
+    Plan plan_of(int rank) const {
+        return make_plan(lists[size_t(rank)], chunks, options.model, rules(), sizes.tensor);
+    }
+    OpCosts costs(const Cluster& cluster) const {
+        return {cluster, sizes, options.model, chunks, rules(), options.mlp_chunk, options.head_chunk};
+    }
+    int64_t message_bytes(const Op& op) const {
+        int64_t bytes = 0;
+        for (const Use& use : message_contents(op, rules()))
+            bytes += sizes.tensor(use.tensor, chunks[size_t(op.chunk)], options.model, rules());
+        return bytes;
+    }
+};
+
+inline Timeline simulate_on(const Cluster& cluster, const PlannedStep& step) {
+    const OpCosts costs = step.costs(cluster);
+    return simulate(step.lists, step.input, costs,
+                    [&](const Op& send, int rank) { return costs.message_ms(send, rank); });
+}
+
+// The memory of each device of a rank, of a tensor-parallel group of `tp`: everything is divided but for two [N, C]
+// that products gather and scatter. Flash attention sums the gradient of its queries in floatS.
+inline DeviceBytes bytes_on(const Cluster& cluster, RankOptions o, const ElementSizes& sizes, int rank,
+                            int64_t activations) {
+    o.layout.rank = rank;
+    const int64_t tp = cluster.tp, parameters = flat_size(o.parameters()), rows = o.chunk_tokens * o.model.channels;
+    const int64_t of_parameter = sizes.x + (sizes.x == sizes.s ? 0 : sizes.s) + 3 * sizes.s;
+    const int64_t inside = sizes.workspace(o.chunk_tokens, o.model, o.mlp_chunk, o.head_chunk) + rows * sizes.s;
+    return {parameters * of_parameter / tp, activations / tp, inside / tp + (tp > 1 ? 2 * rows * sizes.x : 0)};
+}
