@@ -21,10 +21,7 @@ struct ComparedPlan {
     bool fits() const { return refusal.empty(); }
 };
 
-inline const char* recompute_name(Recompute recompute) {
-    static const char* const names[] = {"none", "without-attention", "full"};
-    return names[int(recompute)];
-}
+inline const char* recompute_name(Recompute recompute) { return recompute_names[int(recompute)]; }
 
 // What is left open: flags that the user has set stay as they are.
 struct OpenChoices {
