@@ -40,7 +40,7 @@ inline const std::vector<Relation>& relation_table() {
     using std::string, std::to_string;
     // clang-format off
     static const std::vector<Relation> table = {
-        {TRAIN | PLAN, {"model"}, [](const Config& c) -> string {
+        {TRAIN | PLAN | REHEARSE, {"model"}, [](const Config& c) -> string {
             if (find_preset(c.model.name)) return "";
             if (c.model.name == "gpt3:c5140")
                 return "5140 channels do not divide by heads of 128; use --model gpt3:c5120";
@@ -48,12 +48,12 @@ inline const std::vector<Relation>& relation_table() {
             for (const Preset& preset : presets()) names.push_back(preset.name);
             return "there is no such preset; use --model " + nearest(c.model.name, names);
         }},
-        {TRAIN | PLAN, {"model", "layers", "channels", "heads", "context"}, [](const Config& c) -> string {
+        {TRAIN | PLAN | REHEARSE, {"model", "layers", "channels", "heads", "context"}, [](const Config& c) -> string {
             const bool known = c.model.layers && c.model.channels && c.model.heads && c.model.context;
             if (known || c.model.name != "custom" || !c.run.init_from.empty()) return "";
             return "`custom` needs all sizes; use --layers 4 --channels 192 --heads 4 --context 256";
         }},
-        {TRAIN | PLAN, {"channels", "heads"}, [](const Config& c) -> string {
+        {TRAIN | PLAN | REHEARSE, {"channels", "heads"}, [](const Config& c) -> string {
             const int64_t C = c.model.channels, NH = c.model.heads;
             if (!C || !NH || C % NH == 0) return "";
             int64_t fewer = NH;
@@ -62,7 +62,7 @@ inline const std::vector<Relation>& relation_table() {
                    " or --heads " + to_string(fewer);
         }},
 #ifdef USE_CUDA
-        {TRAIN | PLAN, {"channels", "heads"}, [](const Config& c) -> string {
+        {TRAIN | PLAN | REHEARSE, {"channels", "heads"}, [](const Config& c) -> string {
             const int64_t C = c.model.channels, NH = c.model.heads;
             if (!C || !NH || C % NH || (C / NH % 8 == 0 && C / NH <= 128)) return "";
             return "on a GPU a head has a multiple of 8 channels, at most 128; use --channels " +
@@ -124,7 +124,7 @@ inline const std::vector<Relation>& relation_table() {
             if (!holds("/metrics.jsonl") && !holds("/checkpoints")) return "";
             return "the directory holds a run; use --resume to continue it, or --run-dir " + c.run.dir + "-2";
         }},
-        {TRAIN | GENERATE | EVAL, {"ranks"}, [](const Config& c) -> string {
+        {TRAIN | GENERATE | EVAL | REHEARSE, {"ranks"}, [](const Config& c) -> string {
             if (c.launch.ranks == 1 || c.parallel.ranks == c.launch.ranks) return "";
             return c.launch.source + " has started " + to_string(c.launch.ranks) +
                    " processes, each of which is a rank; use --ranks " + to_string(c.launch.ranks) + " or leave it out";
@@ -138,6 +138,10 @@ inline const std::vector<Relation>& relation_table() {
         }},
         {TRAIN, {"verify-layout", "ranks"}, [](const Config& c) -> string {
             return c.run.verify_layout && c.parallel.ranks == 1 ? "one rank is compared with several; use --ranks 2" : "";
+        }},
+        {REHEARSE, {"schedule"}, [](const Config& c) -> string {
+            if (c.parallel.schedule != "auto") return "";
+            return "one schedule is rehearsed; use --schedule helix (`train_gpt plan --cluster` compares them)";
         }},
         {GENERATE | EVAL, {"schedule"}, [](const Config& c) -> string {
             if (c.parallel.schedule != "auto") return "";
@@ -153,15 +157,20 @@ inline const std::vector<Relation>& relation_table() {
             if (c.plan.print != "memory" || c.plan.cluster.empty()) return "";
             return "that is the memory of this program; use --print all, or no --cluster";
         }},
-        {PLAN, {"times", "cluster"}, [](const Config& c) -> string {
+        {PLAN | REHEARSE, {"times", "cluster"}, [](const Config& c) -> string {
             if (c.plan.times.empty() || c.plan.cluster.empty()) return "";
             return "the times are given or follow from the cluster; use one of the two";
         }},
-        {PLAN, {"times"}, [](const Config& c) -> string {
+        {PLAN | REHEARSE, {"times"}, [](const Config& c) -> string {
             if (c.plan.times.empty() || !forward_times(c.plan.times).empty()) return "";
             return "three times in ms, of pre, attention and post, not all 0; use --times 1,4,3";
         }},
-        {PLAN, {"chunks", "batch-tokens", "chunk-tokens", "layers"}, [](const Config& c) -> string {
+#ifdef USE_CUDA
+        {REHEARSE, {"ranks"}, [](const Config&) -> string {
+            return "a rehearsal sleeps in place of kernels and needs no GPU; use a program built by make DEVICE=cpu";
+        }},
+#endif
+        {PLAN | REHEARSE, {"chunks", "batch-tokens", "chunk-tokens", "layers"}, [](const Config& c) -> string {
             constexpr int64_t most = 1'000'000;
             if (!c.data.chunk_tokens || planned_chunks(c) <= most / (6 * c.model.layers + 2)) return "";
             return "a plan lists every op, a million at most; use --chunks " +

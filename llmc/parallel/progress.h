@@ -39,6 +39,8 @@ struct Report {
 
 class Progress {
 public:
+    std::atomic<double> least_limit = 10;  // seconds; more where ops are known to be slow
+
     void computing(const Op& op) { begin({.activity = Activity::computing, .op = op}); }
     void waiting(const Op& transfer) { begin({.activity = Activity::waiting, .op = transfer}); }
     // `what` is a literal: "optimizer", "saving a checkpoint".
@@ -58,7 +60,7 @@ public:
 
     std::string text() const { return text(read()); }
 
-    // A rank may be in one op for 5 times the slowest of the last 100 of its kind, and 10 s at least; `hang_timeout`
+    // A rank may be in one op for 5 times the slowest of the last 100 of its kind, and least_limit; `hang_timeout`
     // seconds where that is not known yet, or where it is busy with something else, and for attention, whose work grows
     // with the square of a document. A wait is judged by the slowest of all kinds and of the waits before it, since
     // large messages take their time on a slow network. `resumed`: time before it does not count, since the process was
@@ -77,7 +79,7 @@ public:
                     for (const Durations& d : passes) slowest = std::max(slowest, d.slowest());
             }
         }
-        report.limit = slowest > 0 ? std::max(10.0, 5 * slowest) : hang_timeout;
+        report.limit = slowest > 0 ? std::max(double(least_limit), 5 * slowest) : hang_timeout;
         const std::string name = text(state);
         name.copy(report.text, sizeof report.text - 1);
         report.text[std::min(name.size(), sizeof report.text - 1)] = '\0';
