@@ -795,10 +795,9 @@ void print_start(const Training& run, const std::string& weights_from) {
     const std::string why_not = why_not_cudnn(run.rank.options);
     rows.insert(rows.begin() + 1, {"attention", why_not.empty() ? "cuDNN" : "our own kernels: " + why_not});
 #endif
-    if (c.parallel.ranks > 1)
-        rows.insert(rows.begin() + 1, {"pipeline", layout_text(run.rank.options) +
-                                                       (c.launch.ranks > 1 ? ", processes under " + c.launch.source
-                                                                           : ", threads of this process")});
+    const std::string kind = c.launch.ranks > 1 ? "processes under " + c.launch.source : "threads of this process";
+    rows.insert(rows.begin() + 1, {"pipeline", c.parallel.ranks > 1 ? layout_text(run.rank.options) + ", " + kind
+                                                                    : "off: --ranks 1, whatever --schedule says"});
     print_table("run " + c.run.dir, rows);
 }
 

@@ -209,5 +209,8 @@ inline int plan_command(const Config& c, const RankOptions& options) {
     }
     if (c.json) std::printf("%s\n", plan_json(step, timeline, picture.ranks).c_str());
     else if (c.plan.draw.empty()) std::fputs(step_tables(step, timeline, times).c_str(), stdout);
+    if (c.data.packing == "documents" && step.input.ranks > 1 && !c.plan.chunks && !c.json && c.plan.draw.empty())
+        std::printf("Packed documents may take up to %d chunks, and training plans its memory for those.\n",
+                    options.layout.max_chunks);
     return 0;
 }
