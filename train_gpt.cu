@@ -258,6 +258,15 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     }
 }
 
+// To whom a list sends next, at each op; -1: to nobody.
+std::vector<int> next_peers(const std::vector<Op>& ops) {
+    std::vector<int> peers(ops.size());
+    int peer = -1;
+    for (size_t i = ops.size(); i-- > 0; peers[i] = peer)
+        if (ops[i].kind == Kind::send) peer = ops[i].peer;
+    return peers;
+}
+
 double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer) {
     Progress& progress = rank.transport.progress;
     OpClock& clock = rank.clock;
@@ -275,6 +284,7 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
     };
     std::vector<Event> events;
     std::vector<Transfer> transfers;
+    const std::vector<int> next_peer = next_peers(plan.ops);
     int64_t posted_end = 0;
     rank.inputs.load(rank.device, step);
     fill_zero(rank.device, rank.loss.data(), 1);
@@ -322,7 +332,7 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
             events.push_back({EventKind::wait, message, begin, end});
             events.push_back({EventKind::receive, message, p.moment, end, p.bytes});
         }
-        progress.computing(op);
+        progress.computing(op, next_peer[i], op.part == Part::attention ? step.attention_flops[size_t(op.chunk)] : 0);
         const ProfilerRange range(op);
         const OpClock::Moment begin = clock.now();
         compute(rank, plan, i, loss_scale, observer);

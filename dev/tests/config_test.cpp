@@ -192,7 +192,8 @@ TEST(Refusal, FlagsOfOtherSchedules) {
     }
     EXPECT_EQ(refusal({"--config", file.path.c_str(), "--ranks", "1"}), "accepted");
     EXPECT_EQ(refusal({"eval", "--checkpoint", "x", "--data", "y", "--config", file.path.c_str()}), "accepted");
-    EXPECT_CONTAINS(refusal({"--config", file.path.c_str(), "--schedule", "1f1b", "--folds", "3"}), "only helix has --folds");
+    EXPECT_CONTAINS(refusal({"--config", file.path.c_str(), "--schedule", "1f1b", "--folds", "3"}),
+                    "only helix has --folds");
 }
 
 TEST(Refusal, RunDirectoryThatHoldsARun) {
