@@ -192,7 +192,7 @@ def processes_of(run_dir):
 # The line that names the cause: rank, op, layer, chunk and peer.
 OP = r"(?:(?:embed|head)(?: backward)?|(?:pre|attention|post)(?: backward| weight gradients)? layer \d+) chunk \d+"
 MESSAGE = r"(?:[XY]|d[XY]|activation|gradient)(?: layer \d+)? chunk \d+ from rank (\d)"
-BUSY = "(?:the data of a step|the sum of gradients|the optimizer|saving a checkpoint|the end of its ops)"
+BUSY = "(?:start-up|the data of a step|the sum of gradients|the optimizer|saving a checkpoint|the end of its ops)"
 SEEN = f"in {OP}|in {BUSY}|waiting for {MESSAGE}|waiting for all ranks: {BUSY}"
 WAITS = rf"rank (\d) waits for {MESSAGE}|no rank waits for it yet(?:, the first would be rank (\d))?"
 CAUSE = rf"train_gpt: rank (\d) (has died|has not answered for 1\d s), last seen (?:{SEEN}); (?:{WAITS})"
