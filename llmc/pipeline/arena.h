@@ -1,11 +1,13 @@
 // Addresses for tensors whose lifetimes are known: one after another, each at the lowest address that is free during
-// its whole life. Two orders are tried, and the one whose arena ends lower is kept. The longest-lived first: what is
-// kept for the backward pass lies at the bottom like a stack, best for one rank. The largest first: best for pipelines,
-// whose messages and kept tensors come and go side by side. The end comes out at, or close to, the largest sum of bytes
-// alive at once, which is the least possible; `live_peak` tells the difference.
+// its whole life. What counts is the order. The largest first is best for pipelines, whose messages and kept tensors
+// come and go side by side; the longest-lived first for one rank, since what is kept for the backward pass lies at the
+// bottom like a stack. Where the arena ends above the largest sum of bytes alive at once (`live_peak`, the least
+// possible), the tensors that stick out are moved forward in the order and all are placed again. make_plan calls it.
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -27,53 +29,82 @@ constexpr int64_t arena_alignment = 64;  // bytes: a cache line, and one AVX-512
 
 using AddressRange = std::pair<int64_t, int64_t>;  // [begin, end)
 
-// The tensors placed so far that live in one span of consecutive ops. Those that live through all of it are remembered
-// only by the addresses that they cover together: of thousands stacked on one another, a range or two remain.
-struct ArenaSpan {
-    static constexpr int ops = 64;
-    std::vector<AddressRange> covered;  // sorted, neither overlapping nor adjacent
-    std::vector<size_t> partial;        // tensors that are born or die in this span
+// Which addresses are taken at some op of a span of ops. A tree over the ops: the spans of its nodes are powers of two,
+// node n has the halves 2 n and 2 n + 1, and the op i is the leaf `leaves` + i. Any life is a few whole nodes (two a
+// level at most), below the nodes that it takes a part of. Thousands of tensors stacked on one another leave a range or
+// two in a node.
+class TakenAddresses {
+public:
+    explicit TakenAddresses(int op_count) : leaves_(std::bit_ceil(size_t(op_count))), nodes_(2 * leaves_) {}
 
-    void cover(AddressRange range) {
-        auto at = std::lower_bound(covered.begin(), covered.end(), range);
-        if (at != covered.begin() && std::prev(at)->second >= range.first) range.first = (--at)->first;
+    void take(const Lifetime& life, AddressRange range) {
+        for_each_whole(life, [&](Node& node) { cover(node.always, range), cover(node.sometimes, range); });
+        for_each_part(life, [&](Node& node) { cover(node.sometimes, range); });
+    }
+
+    // The lowest address from which so many bytes are free during the whole life.
+    int64_t lowest_free(const Lifetime& life, int64_t bytes) {
+        found_.clear();
+        const auto add = [&](const Ranges& ranges) { found_.insert(found_.end(), ranges.begin(), ranges.end()); };
+        for_each_whole(life, [&](Node& node) { add(node.sometimes); });
+        for_each_part(life, [&](Node& node) { add(node.always); });
+        std::sort(found_.begin(), found_.end());
+        int64_t offset = 0;
+        for (const AddressRange& range : found_) {
+            if (offset + bytes <= range.first) break;  // fits below
+            offset = std::max(offset, range.second);
+        }
+        return offset;
+    }
+
+private:
+    using Ranges = std::vector<AddressRange>;  // sorted, neither overlapping nor adjacent
+    struct Node {
+        Ranges always, sometimes;  // taken by tensors that live all through the span; by any that live in it
+    };
+    const size_t leaves_;
+    std::vector<Node> nodes_;
+    Ranges found_;
+
+    template <class Body>
+    void for_each_whole(const Lifetime& life, const Body& body) {
+        for (size_t n = leaves_ + size_t(life.first), end = leaves_ + size_t(life.last) + 1; n < end;
+             n /= 2, end /= 2) {
+            if (n % 2) body(nodes_[n++]);
+            if (end % 2) body(nodes_[--end]);
+        }
+    }
+    // All nodes above the first and the last op, some of them within the whole ones, where that does no harm.
+    template <class Body>
+    void for_each_part(const Lifetime& life, const Body& body) {
+        for (size_t n = leaves_ + size_t(life.first), last = leaves_ + size_t(life.last); n > 0; n /= 2, last /= 2) {
+            body(nodes_[n]);
+            if (last != n) body(nodes_[last]);
+        }
+    }
+    static void cover(Ranges& ranges, AddressRange range) {
+        auto at = std::lower_bound(ranges.begin(), ranges.end(), range);
+        if (at != ranges.begin() && std::prev(at)->second >= range.first) range.first = (--at)->first;
         auto end = at;
-        for (; end != covered.end() && end->first <= range.second; ++end)
+        for (; end != ranges.end() && end->first <= range.second; ++end)
             range.second = std::max(range.second, end->second);
-        covered.insert(covered.erase(at, end), range);
+        if (at == end) ranges.insert(at, range);
+        else *at = range, ranges.erase(at + 1, end);
     }
 };
+
+inline int64_t aligned_bytes(const Lifetime& t) { return round_up(t.bytes, arena_alignment); }
 
 // Places the tensors in the given order; returns the end of the highest one. `op_count` bounds first and last.
 inline int64_t place_in_order(std::vector<Lifetime>& tensors, const std::vector<size_t>& order, int op_count) {
     int64_t end = 0;
-    std::vector<ArenaSpan> spans(size_t(op_count / ArenaSpan::ops) + 1);
-    std::vector<AddressRange> taken;  // while the tensor lives
+    TakenAddresses taken(op_count);
     for (size_t i : order) {
         Lifetime& t = tensors[i];
-        const int first_span = t.first / ArenaSpan::ops, last_span = t.last / ArenaSpan::ops;
-        const int64_t bytes = round_up(t.bytes, arena_alignment);
-        taken.clear();
-        for (int s = first_span; s <= last_span; ++s) {
-            const ArenaSpan& span = spans[size_t(s)];
-            taken.insert(taken.end(), span.covered.begin(), span.covered.end());
-            for (size_t n : span.partial)
-                if (tensors[n].first <= t.last && t.first <= tensors[n].last)
-                    taken.push_back(
-                        {tensors[n].offset, tensors[n].offset + round_up(tensors[n].bytes, arena_alignment)});
-        }
-        std::sort(taken.begin(), taken.end());
-        t.offset = 0;
-        for (const AddressRange& range : taken) {
-            if (t.offset + bytes <= range.first) break;  // fits below
-            t.offset = std::max(t.offset, range.second);
-        }
-        end = std::max(end, t.offset + bytes);
-        for (int s = first_span; s <= last_span; ++s) {
-            const bool whole = t.first <= s * ArenaSpan::ops && (s + 1) * ArenaSpan::ops - 1 <= t.last;
-            if (whole) spans[size_t(s)].cover({t.offset, t.offset + bytes});
-            else spans[size_t(s)].partial.push_back(i);
-        }
+        t.offset = taken.lowest_free(t, aligned_bytes(t));
+        const AddressRange range{t.offset, t.offset + aligned_bytes(t)};
+        taken.take(t, range);
+        end = std::max(end, range.second);
     }
     return end;
 }
@@ -82,27 +113,44 @@ inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count) {
     ArenaSize size;
     std::vector<int64_t> change(size_t(op_count) + 1);
     for (const Lifetime& t : tensors) {
-        change[size_t(t.first)] += round_up(t.bytes, arena_alignment);
-        change[size_t(t.last) + 1] -= round_up(t.bytes, arena_alignment);
+        change[size_t(t.first)] += aligned_bytes(t);
+        change[size_t(t.last) + 1] -= aligned_bytes(t);
     }
     int64_t live = 0;
     for (int64_t c : change) size.live_peak = std::max(size.live_peak, live += c);
 
+    // Few attempts, and fewer where each takes long: some milliseconds for a thousand tensors. More as long as over 2 %
+    // are lost, as in some small plans. Tensors move forward by another part of the order each time (multiples of the
+    // golden ratio spread evenly), so that attempts do not go in circles.
+    const int64_t count = std::max<int64_t>(1, int64_t(tensors.size()));
+    const int64_t few = std::clamp<int64_t>(8'000 / count, 2, 16), most = std::clamp<int64_t>(100'000 / count, 2, 1000);
+    std::vector<size_t> order(tensors.size());
+    std::vector<double> place(tensors.size());  // in the order by size, as it changes
+    std::iota(order.begin(), order.end(), 0);
     const auto in_order_of = [&](const auto& value) {
-        std::vector<size_t> order(tensors.size());
-        std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(),
-                         [&](size_t a, size_t b) { return value(tensors[a]) > value(tensors[b]); });
-        return order;
+        std::sort(order.begin(), order.end(),
+                  [&](size_t a, size_t b) { return std::pair(value(a), a) < std::pair(value(b), b); });
     };
-    const std::vector<size_t> longest = in_order_of([](const Lifetime& t) { return int64_t(t.last - t.first); });
-    size.bytes = place_in_order(tensors, longest, op_count);
-    if (size.bytes == size.live_peak) return size;
-    std::vector<Lifetime> other = tensors;
-    const std::vector<size_t> largest = in_order_of([](const Lifetime& t) { return t.bytes; });
-    if (const int64_t bytes = place_in_order(other, largest, op_count); bytes < size.bytes) {
-        tensors = std::move(other);
-        size.bytes = bytes;
+    std::vector<Lifetime> attempt = tensors;
+    for (int64_t n = 0; n < few || (n < most && size.bytes > size.live_peak + size.live_peak / 50); ++n) {
+        if (n == 0) {
+            in_order_of([&](size_t i) { return -tensors[i].bytes; });
+            for (size_t i = 0; i < order.size(); ++i) place[order[i]] = double(i);
+        } else if (n == 1) {
+            in_order_of([&](size_t i) { return tensors[i].first - tensors[i].last; });
+        } else {
+            in_order_of([&](size_t i) { return place[i]; });
+        }
+        const int64_t bytes = place_in_order(attempt, order, op_count);
+        if (n == 0 || bytes < size.bytes) {
+            tensors = attempt;
+            size.bytes = bytes;
+        }
+        if (bytes == size.live_peak) break;
+        if (n == 1) continue;
+        const double step = double(count) * std::fmod(0.618034 * double(n + 1), 1.0);
+        for (size_t i = 0; i < attempt.size(); ++i)
+            if (attempt[i].offset + aligned_bytes(attempt[i]) > size.live_peak) place[i] -= step;
     }
     return size;
 }
