@@ -123,7 +123,7 @@ inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count) {
     // are lost, as in some small plans. Tensors move forward by another part of the order each time (multiples of the
     // golden ratio spread evenly), so that attempts do not go in circles.
     const int64_t count = std::max<int64_t>(1, int64_t(tensors.size()));
-    const int64_t few = std::clamp<int64_t>(8'000 / count, 2, 16), most = std::clamp<int64_t>(100'000 / count, 2, 1000);
+    const int64_t few = std::clamp<int64_t>(8'000 / count, 2, 16), most = std::clamp<int64_t>(50'000 / count, 2, 1000);
     std::vector<size_t> order(tensors.size());
     std::vector<double> place(tensors.size());  // in the order by size, as it changes
     std::iota(order.begin(), order.end(), 0);
