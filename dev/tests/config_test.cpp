@@ -125,7 +125,7 @@ TEST(Refusal, ListsAllViolationsAtOnce) {
     EXPECT_CONTAINS(text, "no flag --betta1; the nearest is --beta1");
     EXPECT_CONTAINS(text, "--beta2 1.5 is not in [0, 1); use --beta2 0.95");
     EXPECT_CONTAINS(text, "--warmup 20, --steps 10: the warm-up would not end; use --warmup 1");
-    EXPECT_CONTAINS(text, "--recompute fulll is not in none|without-attention|full; use --recompute full");
+    EXPECT_CONTAINS(text, "--recompute fulll is not in none|elementwise|without-attention|full; use --recompute full");
     EXPECT_CONTAINS(text, "--lr fast is no finite number; use --lr");
 }
 
