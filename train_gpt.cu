@@ -259,6 +259,15 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     }
 }
 
+// To whom a list sends next, at each op; -1: to nobody.
+std::vector<int> next_peers(const std::vector<Op>& ops) {
+    std::vector<int> peers(ops.size());
+    int peer = -1;
+    for (size_t i = ops.size(); i-- > 0; peers[i] = peer)
+        if (ops[i].kind == Kind::send) peer = ops[i].peer;
+    return peers;
+}
+
 void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions) {
     Progress& progress = loop.progress;
     OpClock& clock = loop.clock;
@@ -276,6 +285,7 @@ void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions) {
     };
     std::vector<Event> events;
     std::vector<Transfer> transfers;
+    const std::vector<int> next_peer = next_peers(plan.ops);
     int64_t posted_end = 0;
     clock.restart();
 
@@ -320,7 +330,7 @@ void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions) {
             events.push_back({EventKind::wait, message, begin, end});
             events.push_back({EventKind::receive, message, p.moment, end, p.bytes});
         }
-        progress.computing(op);
+        progress.computing(op, next_peer[i], op.part == Part::attention ? actions.attention_work(op.chunk) : 0);
         const ProfilerRange range(op);
         const OpClock::Moment begin = clock.now();
         actions.compute(i);
@@ -350,7 +360,8 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
                  [&](size_t i, std::vector<Transfer>& transfers) {
                      const int chunk = plan.ops[i].chunk;
                      append_transfers(transfers, {rank, plan, i, rank.inputs.chunks[size_t(chunk)].tokens});
-                 }});
+                 },
+             .attention_work = [&](int chunk) { return step.attention_flops[size_t(chunk)]; }});
     double loss = 0;
     download(rank.device, &loss, rank.loss.data(), 1);
     return loss;
@@ -810,10 +821,9 @@ void print_start(const Training& run, const std::string& weights_from) {
     const std::string why_not = why_not_cudnn(run.rank.options);
     rows.insert(rows.begin() + 1, {"attention", why_not.empty() ? "cuDNN" : "our own kernels: " + why_not});
 #endif
-    if (c.parallel.ranks > 1)
-        rows.insert(rows.begin() + 1, {"pipeline", layout_text(run.rank.options) +
-                                                       (c.launch.ranks > 1 ? ", processes under " + c.launch.source
-                                                                           : ", threads of this process")});
+    const std::string kind = c.launch.ranks > 1 ? "processes under " + c.launch.source : "threads of this process";
+    rows.insert(rows.begin() + 1, {"pipeline", c.parallel.ranks > 1 ? layout_text(run.rank.options) + ", " + kind
+                                                                    : "off: --ranks 1, whatever --schedule says"});
     if (!c.plan.choice.empty()) rows.insert(rows.begin() + 2, {"schedule", c.plan.choice});
     print_table("run " + c.run.dir, rows);
 }

@@ -219,5 +219,8 @@ inline int plan_command(const Config& c, RankOptions options) {
     if (c.json) std::printf("%s\n", step_json(step, picture.ranks).c_str());
     else if (c.plan.draw.empty())
         std::fputs(step_tables(step, timeline, times.text, cluster ? &*cluster : nullptr).c_str(), stdout);
+    if (c.data.packing == "documents" && step.input.ranks > 1 && !c.plan.chunks && !c.json && c.plan.draw.empty())
+        std::printf("Packed documents may take up to %d chunks, and training plans its memory for those.\n",
+                    options.layout.max_chunks);
     return 0;
 }

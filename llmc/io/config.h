@@ -219,6 +219,7 @@ inline Config parse_config(int argc, const char* const* argv, const Launch& laun
         if (values[0].starts_with("--") && find_flag(values[0].substr(2)))
             reader.refuse(flag, name + " has no value, " + values[0] + " follows it");
         else reader.set(flag, values, name);
+        reader.config.typed.insert(flag.name);
     }
     fill_config(reader.config);
     for (const std::string& violation : config_violations(reader.config, reader.wrong))

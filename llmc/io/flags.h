@@ -94,6 +94,7 @@ struct Config {
 
     Launch launch;                // how the process was started
     std::set<std::string> given;  // names of the flags set by the user, not by default
+    std::set<std::string> typed;  // those of them that stand on the command line, not just in a file
     bool is_given(const std::string& flag) const { return given.count(flag) > 0; }
 
     // OpenMP threads of each rank: those asked for, or its share of the cores that this process may use. A launcher may

@@ -28,6 +28,14 @@ inline int64_t planned_chunks(const Config& c) {
     return c.plan.chunks ? c.plan.chunks : ceil_div(c.data.batch_tokens, c.data.chunk_tokens);
 }
 
+// "", or why a flag that only `schedule` has cannot be there. In a file it passes: the configuration of a run has all
+// flags, and serves under any schedule. `plan --print memory` shows all schedules.
+inline std::string foreign_flag(const Config& c, const std::string& flag, const std::string& schedule) {
+    const bool all_schedules = c.command == "plan" && c.plan.print == "memory";
+    if (!c.typed.count(flag) || c.parallel.schedule == schedule || all_schedules) return "";
+    return "only " + schedule + " has --" + flag + "; use --schedule " + schedule + " or leave it out";
+}
+
 // problem() returns "", or why the values of the flags do not go together and what would; the values are printed before
 // it from the list of names. A size of 0 is not known yet: it comes with a checkpoint.
 struct Relation {
@@ -78,16 +86,16 @@ inline const std::vector<Relation>& relation_table() {
             if (c.run.dry_run || !c.data.train.empty()) return "";
             return "training reads token files; use --data 'DIR/train_*.bin' (`train_gpt tokenize` writes them)";
         }},
-        {TRAIN | EVAL, {"batch-tokens", "context", "packing"}, [](const Config& c) -> string {
+        {TRAIN | EVAL | PLAN, {"batch-tokens", "context", "packing"}, [](const Config& c) -> string {
             const int64_t B = c.data.batch_tokens, T = c.model.context;
-            if (c.data.packing != "contiguous" || !T || B % T == 0) return "";
+            if (c.data.packing != "contiguous" || !T || B % T == 0 || c.plan.chunks) return "";
             return "a step takes whole windows; use --batch-tokens " + to_string(round_up(B, T));
         }},
-        {TRAIN, {"batch-tokens", "context", "packing"}, [](const Config& c) -> string {
-            if (c.data.packing != "documents" || c.data.batch_tokens >= c.model.context) return "";
+        {TRAIN | PLAN, {"batch-tokens", "context", "packing"}, [](const Config& c) -> string {
+            if (c.data.packing != "documents" || c.data.batch_tokens >= c.model.context || c.plan.chunks) return "";
             return "a document may be as long as the context; use --batch-tokens " + to_string(c.model.context);
         }},
-        {TRAIN | EVAL, {"chunk-tokens", "context", "packing"}, [](const Config& c) -> string {
+        {TRAIN | EVAL | PLAN, {"chunk-tokens", "context", "packing"}, [](const Config& c) -> string {
             const int64_t N = c.data.chunk_tokens, T = c.model.context;
             if (c.data.packing != "contiguous" || !T || !N || N % T == 0 || T % N == 0) return "";
             return "a chunk holds whole windows or an even slice of one; use --chunk-tokens " + to_string(round_up(N, T));
@@ -135,6 +143,11 @@ inline const std::vector<Relation>& relation_table() {
                 return "";
             return "sequences longer than a chunk are cut into slices, which this schedule cannot run; use --schedule "
                    "gpipe, --ranks 1 or --chunk-tokens " + to_string(c.model.context);
+        }},
+        {TRAIN | EVAL | PLAN, {"folds", "schedule"}, [](const Config& c) { return foreign_flag(c, "folds", "helix"); }},
+        {TRAIN | PLAN, {"qkv-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "qkv-move", "helix"); }},
+        {TRAIN | GENERATE | EVAL | PLAN, {"virtual-stages", "schedule"}, [](const Config& c) {
+            return foreign_flag(c, "virtual-stages", "interleaved");
         }},
         {TRAIN, {"verify-layout", "ranks"}, [](const Config& c) -> string {
             return c.run.verify_layout && c.parallel.ranks == 1 ? "one rank is compared with several; use --ranks 2" : "";

@@ -13,8 +13,10 @@
 // `op` is an index in the list of the plan that runs.
 struct OpActions {
     std::function<void(size_t op)> compute;
-    std::function<void(size_t op, std::vector<Transfer>& transfers)>
-        append_transfers;  // what a send or receive carries
+    // What a send or receive carries.
+    std::function<void(size_t op, std::vector<Transfer>& transfers)> append_transfers;
+    // How much an attention has to do on a chunk, in any unit, for the watchdog; 0: not known.
+    std::function<double(int chunk)> attention_work = [](int) { return 0.0; };
 };
 
 struct OpLoop {
