@@ -1,12 +1,12 @@
 // Addresses for tensors whose lifetimes are known: one after another, each at the lowest address that is free during
-// its whole life. Two orders are tried, and the one whose arena ends lower is kept. The largest first: best for
-// pipelines, whose messages and kept tensors come and go side by side. The longest-lived first: what is kept for the
-// backward pass lies at the bottom like a stack, best for one rank. The end comes out at, or close to, the largest sum
-// of bytes alive at once, which is the least possible; `live_peak` tells the difference, and of thousands of tensors
-// one of a thousandth is not worth the second order.
+// its whole life. What counts is the order. The largest first is best for pipelines, whose messages and kept tensors
+// come and go side by side; the longest-lived first for one rank, since what is kept for the backward pass lies at the
+// bottom like a stack. Where the arena ends above the largest sum of bytes alive at once (`live_peak`, the least
+// possible), the tensors that stick out are moved forward in the order and all are placed again. make_plan calls it.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -94,15 +94,16 @@ private:
     std::vector<const AddressSet*> sets_;
 };
 
+inline int64_t aligned_bytes(const Lifetime& t) { return round_up(t.bytes, arena_alignment); }
+
 // Places the tensors in the given order; returns the end of the highest one. `op_count` bounds first and last.
 inline int64_t place_in_order(std::vector<Lifetime>& tensors, const std::vector<size_t>& order, int op_count) {
     int64_t end = 0;
     ArenaTree tree(op_count);
     for (size_t i : order) {
         Lifetime& t = tensors[i];
-        const int64_t bytes = round_up(t.bytes, arena_alignment);
-        t.offset = tree.place(bytes, t.first, t.last);
-        end = std::max(end, t.offset + bytes);
+        t.offset = tree.place(aligned_bytes(t), t.first, t.last);
+        end = std::max(end, t.offset + aligned_bytes(t));
     }
     return end;
 }
@@ -111,27 +112,46 @@ inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count) {
     ArenaSize size;
     std::vector<int64_t> change(size_t(op_count) + 1);
     for (const Lifetime& t : tensors) {
-        change[size_t(t.first)] += round_up(t.bytes, arena_alignment);
-        change[size_t(t.last) + 1] -= round_up(t.bytes, arena_alignment);
+        change[size_t(t.first)] += aligned_bytes(t);
+        change[size_t(t.last) + 1] -= aligned_bytes(t);
     }
     int64_t live = 0;
     for (int64_t c : change) size.live_peak = std::max(size.live_peak, live += c);
 
+    // Few attempts, and fewer where each takes long: some milliseconds for a thousand tensors. More as long as over 2 %
+    // are lost, as in some small plans. Tensors move forward by another part of the order each time (multiples of the
+    // golden ratio spread evenly), so that attempts do not go in circles. Of thousands of tensors a loss of a
+    // thousandth is not worth another one.
+    const int64_t count = std::max<int64_t>(1, int64_t(tensors.size()));
+    const int64_t few = count > 1000 ? 2 : std::clamp<int64_t>(8'000 / count, 2, 16),
+                  most = std::clamp<int64_t>(50'000 / count, 2, 1000);
+    std::vector<size_t> order(tensors.size());
+    std::vector<double> place(tensors.size());  // in the order by size, as it changes
+    std::iota(order.begin(), order.end(), 0);
     const auto in_order_of = [&](const auto& value) {
-        std::vector<size_t> order(tensors.size());
-        std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(),
-                         [&](size_t a, size_t b) { return value(tensors[a]) > value(tensors[b]); });
-        return order;
+        std::sort(order.begin(), order.end(),
+                  [&](size_t a, size_t b) { return std::pair(value(a), a) < std::pair(value(b), b); });
     };
-    size.bytes = place_in_order(tensors, in_order_of([](const Lifetime& t) { return t.bytes; }), op_count);
-    if (size.bytes == size.live_peak) return size;
-    if (tensors.size() > 1000 && size.bytes - size.live_peak <= size.live_peak / 1000) return size;
-    std::vector<Lifetime> other = tensors;
-    const auto life = [](const Lifetime& t) { return int64_t(t.last - t.first); };
-    if (const int64_t bytes = place_in_order(other, in_order_of(life), op_count); bytes < size.bytes) {
-        tensors = std::move(other);
-        size.bytes = bytes;
+    std::vector<Lifetime> attempt = tensors;
+    for (int64_t n = 0; n < few || (n < most && size.bytes > size.live_peak + size.live_peak / 50); ++n) {
+        if (n == 0) {
+            in_order_of([&](size_t i) { return -tensors[i].bytes; });
+            for (size_t i = 0; i < order.size(); ++i) place[order[i]] = double(i);
+        } else if (n == 1) {
+            in_order_of([&](size_t i) { return tensors[i].first - tensors[i].last; });
+        } else {
+            in_order_of([&](size_t i) { return place[i]; });
+        }
+        const int64_t bytes = place_in_order(attempt, order, op_count);
+        if (n == 0 || bytes < size.bytes) {
+            tensors = attempt;
+            size.bytes = bytes;
+        }
+        if (bytes == size.live_peak || (count > 1000 && bytes - size.live_peak <= size.live_peak / 1000)) break;
+        if (n == 1) continue;
+        const double step = double(count) * std::fmod(0.618034 * double(n + 1), 1.0);
+        for (size_t i = 0; i < attempt.size(); ++i)
+            if (attempt[i].offset + aligned_bytes(attempt[i]) > size.live_peak) place[i] -= step;
     }
     return size;
 }
