@@ -259,9 +259,18 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     }
 }
 
-double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer) {
-    Progress& progress = rank.transport.progress;
-    OpClock& clock = rank.clock;
+// To whom a list sends next, at each op; -1: to nobody.
+std::vector<int> next_peers(const std::vector<Op>& ops) {
+    std::vector<int> peers(ops.size());
+    int peer = -1;
+    for (size_t i = ops.size(); i-- > 0; peers[i] = peer)
+        if (ops[i].kind == Kind::send) peer = ops[i].peer;
+    return peers;
+}
+
+void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions) {
+    Progress& progress = loop.progress;
+    OpClock& clock = loop.clock;
     struct Posted {
         int64_t batch, begin, end;  // numbers of the first transfer of the batch, and of the op's own
         int64_t bytes;
@@ -276,11 +285,9 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
     };
     std::vector<Event> events;
     std::vector<Transfer> transfers;
+    const std::vector<int> next_peer = next_peers(plan.ops);
     int64_t posted_end = 0;
-    rank.inputs.load(rank.device, step);
-    fill_zero(rank.device, rank.loss.data(), 1);
     clock.restart();
-    if (observer) observer->losses.resize(step.chunks.size());
 
     for (size_t i = 0; i < plan.ops.size(); ++i) {
         const Op& op = plan.ops[i];
@@ -290,7 +297,7 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
             for (; end < plan.ops.size() && plan.ops[end].kind != Kind::compute && plan.ops[end].batch == op.batch;
                  ++end) {
                 posted[end].begin = int64_t(transfers.size());
-                append_transfers(transfers, {rank, plan, end, rank.inputs.chunks[size_t(plan.ops[end].chunk)].tokens});
+                actions.append_transfers(end, transfers);
                 posted[end].end = int64_t(transfers.size());
                 for (int64_t n = posted[end].begin; n < posted[end].end; ++n)
                     posted[end].bytes += transfers[size_t(n)].bytes;
@@ -300,9 +307,9 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
 #endif
             const double begin = seconds_now();
             const OpClock::Moment moment = clock.now();
-            const int64_t first = rank.transport.post(transfers);
+            const int64_t first = loop.transport.post(transfers);
             posted_end = first + int64_t(transfers.size());
-            rank.post_seconds += seconds_now() - begin;
+            loop.post_seconds += seconds_now() - begin;
             for (const OpClock::Moment now = clock.now(); i < end; ++i) {
                 posted[i] = {first, first + posted[i].begin, first + posted[i].end, posted[i].bytes, moment};
                 if (plan.ops[i].kind == Kind::send)
@@ -317,28 +324,46 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
             const Posted& p = posted[size_t(receive)];
             const OpClock::Moment begin = clock.now();
             progress.waiting(message);
-            rank.transport.wait(0, p.batch);
-            rank.transport.wait(p.begin, p.end);
+            loop.transport.wait(0, p.batch);
+            loop.transport.wait(p.begin, p.end);
             const OpClock::Moment end = clock.now();
             events.push_back({EventKind::wait, message, begin, end});
             events.push_back({EventKind::receive, message, p.moment, end, p.bytes});
         }
-        progress.computing(op);
+        progress.computing(op, next_peer[i], op.part == Part::attention ? actions.attention_work(op.chunk) : 0);
         const ProfilerRange range(op);
         const OpClock::Moment begin = clock.now();
-        compute(rank, plan, i, loss_scale, observer);
+        actions.compute(i);
         events.push_back({EventKind::compute, op, begin, clock.now()});
-        if (observer && observer->after_op) observer->after_op(i);
     }
     progress.busy_with("the end of its ops");
-    rank.transport.wait(0, posted_end);
-    double loss = 0;
-    download(rank.device, &loss, rank.loss.data(), 1);
+    loop.transport.wait(0, posted_end);
+    clock.finish();
     for (const Event& e : events) {
         const double begin = clock.seconds(e.begin), end = clock.seconds(e.end);
-        if (e.kind == EventKind::compute) rank.busy_seconds += end - begin;
-        if (rank.trace) rank.trace->record(e.kind, e.op, begin - rank.trace_zero, end - rank.trace_zero, e.bytes);
+        if (e.kind == EventKind::compute) loop.busy_seconds += end - begin;
+        if (loop.trace) loop.trace->record(e.kind, e.op, begin - loop.trace_zero, end - loop.trace_zero, e.bytes);
     }
+}
+
+double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer) {
+    rank.inputs.load(rank.device, step);
+    fill_zero(rank.device, rank.loss.data(), 1);
+    if (observer) observer->losses.resize(step.chunks.size());
+    run_ops(rank, plan,
+            {.compute =
+                 [&](size_t i) {
+                     compute(rank, plan, i, loss_scale, observer);
+                     if (observer && observer->after_op) observer->after_op(i);
+                 },
+             .append_transfers =
+                 [&](size_t i, std::vector<Transfer>& transfers) {
+                     const int chunk = plan.ops[i].chunk;
+                     append_transfers(transfers, {rank, plan, i, rank.inputs.chunks[size_t(chunk)].tokens});
+                 },
+             .attention_work = [&](int chunk) { return step.attention_flops[size_t(chunk)]; }});
+    double loss = 0;
+    download(rank.device, &loss, rank.loss.data(), 1);
     return loss;
 }
 
@@ -796,10 +821,9 @@ void print_start(const Training& run, const std::string& weights_from) {
     const std::string why_not = why_not_cudnn(run.rank.options);
     rows.insert(rows.begin() + 1, {"attention", why_not.empty() ? "cuDNN" : "our own kernels: " + why_not});
 #endif
-    if (c.parallel.ranks > 1)
-        rows.insert(rows.begin() + 1, {"pipeline", layout_text(run.rank.options) +
-                                                       (c.launch.ranks > 1 ? ", processes under " + c.launch.source
-                                                                           : ", threads of this process")});
+    const std::string kind = c.launch.ranks > 1 ? "processes under " + c.launch.source : "threads of this process";
+    rows.insert(rows.begin() + 1, {"pipeline", c.parallel.ranks > 1 ? layout_text(run.rank.options) + ", " + kind
+                                                                    : "off: --ranks 1, whatever --schedule says"});
     if (!c.plan.choice.empty()) rows.insert(rows.begin() + 2, {"schedule", c.plan.choice});
     print_table("run " + c.run.dir, rows);
 }
@@ -939,6 +963,7 @@ int train_command(Config c, Team& team) {
 #include "llmc/commands/eval.h"
 #include "llmc/commands/generate.h"
 #include "llmc/commands/plan.h"
+#include "llmc/commands/rehearse.h"
 #include "llmc/commands/tokenize.h"
 
 // Idle OpenMP threads spin for milliseconds before they sleep, which costs dear where other programs or ranks want the
@@ -959,7 +984,8 @@ int main(int argc, char** argv) {
         const Config config = parse_config(argc, argv, team.launch);
         omp_set_num_threads(config.threads());
         const std::string& command = config.command;
-        if (launch.ranks > 1 && command != "train" && command != "eval" && command != "generate")
+        const bool one_process = command == "tokenize" || command == "doctor" || command == "plan";
+        if (launch.ranks > 1 && one_process)
             throw Failure(EXIT_CONFIG, "`" + command + "` is the work of one process, " + launch.source +
                                            " has started " + std::to_string(launch.ranks) +
                                            "; run it without a launcher");
@@ -970,6 +996,7 @@ int main(int argc, char** argv) {
                                      config.tokenize.shard_tokens});
         if (command == "doctor") return doctor_command(config);
         if (command == "plan") return plan_command(config, rank_options(config, model_of(config), true));
+        if (command == "rehearse") return rehearse_command(config, rank_options(config, model_of(config), true), team);
         if (command == "generate") return generate_command(config, team);
         if (command == "eval") return eval_command(config, team);
         return train_command(config, team);

@@ -25,9 +25,11 @@ if mpirun --version | grep -q "Open MPI"; then
     [ "$(id -u)" != 0 ] || flags="$flags --allow-run-as-root"
 fi
 
-# mpirun kills the ranks a second after it gets SIGTERM or Ctrl-C; its longer timeout would also make it wait that long,
-# twice, when a rank has died. SIGUSR2 means the same to the ranks (a checkpoint, then exit 75) and it passes that on.
-# So mpirun runs out of the terminal's reach, and is ended with this script.
+# mpirun kills the ranks a second after it gets SIGTERM or Ctrl-C, too soon for a checkpoint. Its longer kill timeout is
+# of no use: with --mca odls_base_sigkill_timeout 10, Open MPI 4.1 passes the SIGTERM on only after 10 s, exits with 1
+# whatever the ranks return, and when a rank has died it takes 20 s to end, though the others end by themselves after 1 s
+# (with 3: 6 s; with 1, the default: 2 s). SIGUSR2 means the same to the ranks (a checkpoint, then exit 75) and it passes
+# that on at once. So mpirun runs out of the terminal's reach, and is ended with this script.
 # shellcheck disable=SC2086  # flags are split on purpose
 setsid setpriv --pdeathsig TERM mpirun -np "$ranks" $flags ${MPIRUN_FLAGS:-} "$program" "$@" <&0 &
 job=$!

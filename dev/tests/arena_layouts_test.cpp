@@ -54,7 +54,8 @@ struct Need {
     int sent = -1;       // op that sent it last
 };
 
-std::string hold_to_account(const Plan& plan, const GptConfig& g) {
+// `most_alive`: the largest sum of bytes that are needed at one op.
+std::string hold_to_account(const Plan& plan, const GptConfig& g, int64_t* most_alive = nullptr) {
     const int count = int(plan.ops.size());
     std::vector<int> posted(plan.ops.size());  // op at which a message's batch is posted
     for (int i = 0; i < count; ++i) {
@@ -105,12 +106,19 @@ std::string hold_to_account(const Plan& plan, const GptConfig& g) {
     }
     std::sort(needs.begin(), needs.end(), [](const Need& a, const Need& b) { return a.first < b.first; });
     std::vector<const Need*> active;
+    int64_t alive = 0, most = 0;
     for (const Need& need : needs) {
-        std::erase_if(active, [&](const Need* other) { return other->last < need.first; });
+        std::erase_if(active, [&](const Need* other) {
+            const bool over = other->last < need.first;
+            if (over) alive -= round_up(other->end - other->begin, arena_alignment);
+            return over;
+        });
         for (const Need* other : active)
             if (need.begin < other->end && other->begin < need.end) return need.name + " lies on " + other->name;
         active.push_back(&need);
+        most = std::max(most, alive += round_up(need.end - need.begin, arena_alignment));
     }
+    if (most_alive) *most_alive = most;
     return "";
 }
 
@@ -152,14 +160,18 @@ Drawn draw(const Schedule& schedule, std::mt19937& generator) {
 
 TEST(ArenaLayouts, NothingIsOverwrittenWhileItIsNeeded) {
     std::mt19937 generator(seed());
+    int all = 0, loose = 0;  // more than 2 % above the most bytes alive
     for (const Schedule& schedule : schedules()) {
         double worst = 1;
         int tight = 0, plans = 0, needed = 0;
+        const int loose_before = loose;
         for (int n = 0; n < 60; ++n) {
             const Drawn d = draw(schedule, generator);
             const std::string what = describe(d.options, size_t(d.options.layout.max_chunks), d.training);
             for (const Plan& plan : plans_of(d.options, d.group_sizes, d.training)) {
-                ASSERT_EQ(hold_to_account(plan, d.options.model), "") << what;
+                int64_t alive = 0;
+                ASSERT_EQ(hold_to_account(plan, d.options.model, &alive), "") << what;
+                ASSERT_EQ(alive, plan.size.live_peak) << what;
                 ASSERT_EQ(check_waits(plan), "") << what;
                 int64_t at_peak = 0;
                 for (const auto& [tensor, bytes] : plan.bytes_at_peak()) at_peak += bytes;
@@ -167,6 +179,7 @@ TEST(ArenaLayouts, NothingIsOverwrittenWhileItIsNeeded) {
                 ASSERT_GE(plan.size.bytes, plan.size.live_peak) << what;
                 ++plans;
                 tight += plan.size.bytes == plan.size.live_peak;
+                loose += double(plan.size.bytes) > 1.02 * double(alive);
                 if (plan.size.live_peak > 0)
                     worst = std::max(worst, double(plan.size.bytes) / double(plan.size.live_peak));
 
@@ -177,11 +190,15 @@ TEST(ArenaLayouts, NothingIsOverwrittenWhileItIsNeeded) {
             }
         }
         std::printf(
-            "  %-12s %d plans; the arena ends at the most bytes alive in %d, at worst %.1f %% above; waits are "
-            "needed in %d\n",
-            schedule.name.c_str(), plans, tight, 100 * (worst - 1), needed);
+            "  %-12s %d plans; the arena ends at the most bytes alive in %d, over 2 %% above in %d, at worst %.1f %%; "
+            "waits are needed in %d\n",
+            schedule.name.c_str(), plans, tight, loose - loose_before, 100 * (worst - 1), needed);
         EXPECT_GT(needed, plans / 8);
+        EXPECT_LE(worst, 1.2);
+        all += plans;
     }
+    EXPECT_GT(all, 1000);
+    EXPECT_LE(loose, all / 50);  // small ones
 }
 
 // The account finds every tensor that is put where another one lies.

@@ -125,7 +125,7 @@ TEST(Refusal, ListsAllViolationsAtOnce) {
     EXPECT_CONTAINS(text, "no flag --betta1; the nearest is --beta1");
     EXPECT_CONTAINS(text, "--beta2 1.5 is not in [0, 1); use --beta2 0.95");
     EXPECT_CONTAINS(text, "--warmup 20, --steps 10: the warm-up would not end; use --warmup 1");
-    EXPECT_CONTAINS(text, "--recompute fulll is not in none|without-attention|full; use --recompute full");
+    EXPECT_CONTAINS(text, "--recompute fulll is not in none|elementwise|without-attention|full; use --recompute full");
     EXPECT_CONTAINS(text, "--lr fast is no finite number; use --lr");
 }
 
@@ -161,6 +161,39 @@ TEST(Refusal, MissingValuesAndStrayWords) {
     EXPECT_CONTAINS(refusal({}), "no --data");
     EXPECT_CONTAINS(refusal({"eval"}), "no --checkpoint");
     EXPECT_EQ(violations(refusal({"tokenize"})), 2u);
+}
+
+// A flag of another schedule is refused on the command line. The configuration that a run writes has all of them, and
+// serves under any schedule and on one rank.
+TEST(Refusal, FlagsOfOtherSchedules) {
+    EXPECT_CONTAINS(refusal({"--dry-run", "--ranks", "2", "--folds", "1"}),
+                    "--folds 1, --schedule 1f1b: only helix has --folds; use --schedule helix or leave it out");
+    const std::string all =
+        refusal({"--dry-run", "--schedule", "zb-h1", "--folds", "2", "--qkv-move", "on", "--virtual-stages", "2"});
+    EXPECT_EQ(violations(all), 3u) << all;
+    EXPECT_CONTAINS(all, "--virtual-stages 2, --schedule zb-h1: only interleaved has --virtual-stages");
+    EXPECT_CONTAINS(refusal({"eval", "--checkpoint", "x", "--data", "y", "--folds", "2"}), "use --schedule helix");
+    EXPECT_CONTAINS(refusal({"generate", "--checkpoint", "x", "--schedule", "helix", "--virtual-stages", "2"}),
+                    "use --schedule interleaved");
+    const std::vector<const char*> helix = {"--dry-run", "--schedule", "helix", "--folds", "3", "--qkv-move", "off"};
+    for (const char* ranks : {"1", "2"}) {
+        std::vector<const char*> args = helix;
+        args.insert(args.end(), {"--ranks", ranks});
+        EXPECT_EQ(refusal(args), "accepted");
+    }
+    EXPECT_EQ(refusal({"--dry-run", "--schedule", "interleaved", "--virtual-stages", "2"}), "accepted");
+    EXPECT_EQ(refusal({"plan", "--print", "memory", "--folds", "1", "--virtual-stages", "2"}), "accepted");
+
+    const TemporaryFile file(effective_toml(parse(helix)));
+    for (const char* schedule : {"1f1b", "interleaved", "helix"}) {
+        const Config c = parse({"--config", file.path.c_str(), "--schedule", schedule, "--ranks", "2"});
+        EXPECT_EQ(c.parallel.folds, 3);
+        EXPECT_EQ(c.parallel.schedule, schedule);
+    }
+    EXPECT_EQ(refusal({"--config", file.path.c_str(), "--ranks", "1"}), "accepted");
+    EXPECT_EQ(refusal({"eval", "--checkpoint", "x", "--data", "y", "--config", file.path.c_str()}), "accepted");
+    EXPECT_CONTAINS(refusal({"--config", file.path.c_str(), "--schedule", "1f1b", "--folds", "3"}),
+                    "only helix has --folds");
 }
 
 TEST(Refusal, RunDirectoryThatHoldsARun) {

@@ -89,13 +89,14 @@ static void ring(Transport& transport, Progress& progress, const std::string& mo
     }
 }
 
-// Goes on until a signal has reached some rank, as training does.
-static void until_signal(Transport& transport, const Signals& signals) {
+// Goes on until a signal has reached some rank, as training does, and then saves for so many seconds.
+static void until_signal(Transport& transport, const Signals& signals, int saving) {
     for (double stop[] = {0}; !stop[0]; transport.sum(stop)) {
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
         if (transport.rank == 0) std::fprintf(stderr, "ready\n");
         stop[0] = signals.stop_wanted;
     }
+    std::this_thread::sleep_for(std::chrono::seconds(saving));
 }
 
 int main(int argc, char** argv) {
@@ -110,7 +111,7 @@ int main(int argc, char** argv) {
         if (mode == "exchange") exchange(transport);
         else if (mode == "short") mismatch(transport, 100, 50);
         else if (mode == "long") mismatch(transport, 50, 100);
-        else if (mode == "signal") until_signal(transport, *signals);
+        else if (mode == "signal") until_signal(transport, *signals, argc > 2 ? std::atoi(argv[2]) : 0);
         else ring(transport, progress, mode, argc > 2 ? std::atoi(argv[2]) : -1);
         progress.nothing();
         return mode == "signal" ? EXIT_REQUEUE : 0;

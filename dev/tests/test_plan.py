@@ -356,12 +356,26 @@ def test_one_rank_and_slices():
     (["--json", "--print", "ops"], "one by one"),
     (["--draw", "a.svg", "--print", "memory"], "--print table"),
     (["--model", "tinny"], "--model tiny"),
+    (["--folds", 1], "only helix has --folds; use --schedule helix"),
+    (["--schedule", "zb-h2", "--qkv-move", "off"], "only helix has --qkv-move; use --schedule helix"),
+    (["--schedule", "helix", "--virtual-stages", 2], "only interleaved has --virtual-stages; use --schedule interleaved"),
+    (["--packing", "contiguous", "--batch-tokens", 1000], "whole windows; use --batch-tokens 1024"),
+    (["--packing", "contiguous", "--chunk-tokens", 300], "use --chunk-tokens 512"),
+    (["--batch-tokens", 100], "use --batch-tokens 256"),
     (["--channels", 190], "--heads"),
     (["--print", "every"], "--print"),
     (["--steps", 3], "other commands"),
 ])
 def test_refusals(arguments, words):
     assert words in run("--model", "tiny", "--ranks", 4, *arguments, check=2)
+
+
+def test_packing():
+    """Windows fill their chunks. Documents do not, and training is ready for more chunks of them."""
+    documents, windows = (run("--model", "tiny", "--ranks", 4, "--batch-tokens", 2048, "--times", "1,2,3", "--packing", packing)
+                          for packing in ("documents", "contiguous"))
+    assert "8 of 256 tokens" in windows and documents.startswith(windows)
+    assert documents[len(windows):] == "Packed documents may take up to 17 chunks, and training plans its memory for those.\n"
 
 
 def test_a_picture_that_cannot_be_written(tmp_path):

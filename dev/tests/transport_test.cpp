@@ -177,7 +177,7 @@ TEST(Progress, LimitFollowsFromTheSlowestOfItsKind) {
     progress.computing(post);
     EXPECT_EQ(progress.report(300).limit, 10);  // they took next to no time
     for (int i = 0; i < 5; ++i) progress.computing(attention);
-    EXPECT_EQ(progress.report(300).limit, 300);  // the next one may have a much longer document
+    EXPECT_EQ(progress.report(300).limit, 300);  // of unknown work
     progress.computing(backward);
     EXPECT_EQ(progress.report(300).limit, 300);  // another kind
     progress.busy_with("optimizer");
@@ -191,6 +191,25 @@ TEST(Progress, LimitFollowsFromTheSlowestOfItsKind) {
     EXPECT_EQ(progress.report(300).peer, 2);
     // Time before the process was resumed does not count.
     EXPECT_LE(progress.report(300, seconds_now()).seconds, 1e-3);
+}
+
+TEST(Progress, LimitOfAttentionGrowsWithItsWork) {
+    Progress progress;
+    const auto limit_of = [&](double work) {
+        progress.computing(attention, 2, work);
+        return progress.report(3000).limit;
+    };
+    for (int i = 0; i < 3; ++i) {
+        EXPECT_EQ(limit_of(1), 3000) << "with " << i << " measurements";
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    }
+    EXPECT_EQ(progress.report(3000).peer, 2);
+    EXPECT_EQ(limit_of(1), 10);
+    const double limit = limit_of(200);
+    EXPECT_GE(limit, 5 * 200 * 0.02);
+    EXPECT_NEAR(limit_of(400), 2 * limit, 1e-3 * limit);
+    EXPECT_EQ(limit_of(1e9), 3000);  // --hang-timeout
+    EXPECT_EQ(limit_of(0), 3000);
 }
 
 // While one thread writes, another never reads the half of one state and the half of the next.
@@ -246,8 +265,14 @@ TEST_F(Cause, ADeadRankBeforeAllElse) {
     EXPECT_EQ(at(100),
               "rank 2 has died, last seen in attention layer 3 chunk 5; rank 1 waits for Y layer 3 chunk 5 "
               "from rank 2");
+    ranks[1].report.peer = 0;
+    ranks[2].report.peer = 1;
+    EXPECT_EQ(at(100),
+              "rank 2 has died, last seen in attention layer 3 chunk 5; no rank waits for it yet, the first would be "
+              "rank 1");
     ranks[2].state = Sight::present;
     ranks[1].state = Sight::dead;
+    ranks[1].report.peer = 2;
     EXPECT_EQ(at(100),
               "rank 1 has died, last seen waiting for Y layer 3 chunk 5 from rank 2; no rank waits for it yet");
 }

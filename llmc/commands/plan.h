@@ -114,40 +114,73 @@ inline std::string memory_text(RankOptions options, int chunks) {
            columns_text(rows) + refused;
 }
 
-inline std::string plan_json(const PlannedStep& step, const Timeline& timeline,
-                             const std::vector<std::vector<TraceEvent>>& events) {
+// A step as JSON, planned or rehearsed: its events [rank], in the order of the lists, and more about it.
+inline std::string step_json(const PlannedStep& step, const std::vector<std::vector<TraceEvent>>& events,
+                             nlohmann::json more = nlohmann::json::object()) {
     std::vector<int64_t> peak_bytes;
-    for (int r = 0; r < step.input.ranks; ++r) peak_bytes.push_back(step.plan_of(r).size.bytes);
     nlohmann::json ops = nlohmann::json::array();
-    for (const std::vector<TraceEvent>& list : events) {
+    for (int r = 0; r < step.input.ranks; ++r) {
+        peak_bytes.push_back(step.plan_of(r).size.bytes);
         ops.push_back(nlohmann::json::array());
-        for (const TraceEvent& event : list) ops.back().push_back(event_json(event));
+        for (const TraceEvent& event : events[size_t(r)]) ops.back().push_back(event_json(event));
     }
-    return json_text({{"schedule", step.input.ranks == 1 ? "accumulate" : step.options.layout.schedule},
-                      {"ranks", step.input.ranks},
-                      {"layers", step.input.layers},
-                      {"chunks", step.input.chunks},
-                      {"step_ms", timeline.makespan},
-                      {"bubble", timeline.mean_bubble() / timeline.makespan},
-                      {"busiest_bubble_ms", timeline.bubble()},
-                      {"peak_bytes", peak_bytes},
-                      {"ops", std::move(ops)}},
-                     -1);
+    const StepTimes times = step_times(events);
+    more.update({{"schedule", step.input.ranks == 1 ? "accumulate" : step.options.layout.schedule},
+                 {"ranks", step.input.ranks},
+                 {"layers", step.input.layers},
+                 {"chunks", step.input.chunks},
+                 {"step_ms", times.step},
+                 {"bubble", times.bubble},
+                 {"busiest_bubble_ms", times.step - times.busiest},
+                 {"peak_bytes", peak_bytes},
+                 {"ops", std::move(ops)}});
+    return json_text(more, -1);
+}
+
+// The cluster to plan for, if one is named; all of its ranks, unless --ranks is given.
+inline std::optional<Cluster> planned_cluster(const Config& c, RankOptions& options) {
+    if (c.plan.cluster.empty()) return std::nullopt;
+    const Cluster cluster = read_cluster(c.plan.cluster);
+    if (!c.is_given("ranks") && c.launch.ranks == 1) options.layout.ranks = cluster.ranks();
+    if (options.layout.ranks > cluster.ranks())
+        throw Failure(EXIT_CONFIG, "--ranks " + std::to_string(options.layout.ranks) + ": the cluster " + cluster.name +
+                                       " has " + std::to_string(cluster.devices) + " devices in groups of " +
+                                       std::to_string(cluster.tp) + "; use at most --ranks " +
+                                       std::to_string(cluster.ranks()));
+    return cluster;
+}
+
+inline PlannedStep planned_step(const Config& c, const RankOptions& options, const std::optional<Cluster>& cluster) {
+    return PlannedStep(options, int(planned_chunks(c)),
+                       cluster ? element_sizes(cluster->precision) : sizes_of<BuildTypes>());
+}
+
+// How long the ops and messages of a step take.
+struct PlannedTimes {
+    std::function<double(const Op&)> op_ms;
+    std::function<double(const Op& send, int rank)> message_ms;
+    std::string text;  // where they come from
+};
+
+// measure_gflops(): the peak of a rank on this machine, where nothing else tells how fast it is.
+template <class MeasureGflops>
+PlannedTimes planned_times(const Config& c, const PlannedStep& step, const std::optional<Cluster>& cluster,
+                           const MeasureGflops& measure_gflops) {
+    if (const std::vector<double> given = forward_times(c.plan.times); !given.empty())
+        return {OpTimes{{given[0], given[1], given[2]}, step.rules()}, [](const Op&, int) { return 0.0; },
+                "forward " + c.plan.times + " ms for pre, attention, post"};
+    const double gflops = cluster ? 0 : measure_gflops();
+    const auto costs = std::make_shared<OpCosts>(step.costs(cluster ? *cluster : cluster_of_rate(gflops)));
+    return {[costs](const Op& op) { return (*costs)(op); },
+            [costs](const Op& send, int rank) { return costs->message_ms(send, rank); },
+            cluster ? "on " + cluster_text(*cluster, step.input.ranks)
+                    : format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak)"};
 }
 
 // `options` are those that training would have.
 inline int plan_command(const Config& c, RankOptions options) {
     const int chunks = int(planned_chunks(c));
-    std::optional<Cluster> cluster;
-    if (!c.plan.cluster.empty()) {
-        cluster = read_cluster(c.plan.cluster);
-        if (!c.is_given("ranks")) options.layout.ranks = cluster->ranks();
-        if (options.layout.ranks > cluster->ranks())
-            throw Failure(EXIT_CONFIG, "--ranks " + std::to_string(options.layout.ranks) + ": the cluster " +
-                                           cluster->name + " has " + std::to_string(cluster->devices) +
-                                           " devices in groups of " + std::to_string(cluster->tp) +
-                                           "; use at most --ranks " + std::to_string(cluster->ranks()));
-    }
+    const std::optional<Cluster> cluster = planned_cluster(c, options);
     if (c.plan.print == "memory") {
         std::fputs(memory_text(options, chunks).c_str(), stdout);
         return 0;
@@ -164,27 +197,14 @@ inline int plan_command(const Config& c, RankOptions options) {
         }
         if (!comparison->plans[0].step) throw Failure(EXIT_CONFIG, comparison->plans[0].refusal);
     }
-    const PlannedStep step =
-        comparison ? *std::move(comparison->plans[0].step)
-                   : PlannedStep(options, chunks, cluster ? element_sizes(cluster->precision) : sizes_of<BuildTypes>());
+    const PlannedStep step = comparison ? *std::move(comparison->plans[0].step) : planned_step(c, options, cluster);
     if (c.plan.print == "ops") {
         std::fputs(ops_text(step).c_str(), stdout);
         return 0;
     }
 
-    Timeline timeline;
-    std::string times = "forward " + c.plan.times + " ms for pre, attention, post";
-    if (const std::vector<double> given = forward_times(c.plan.times); !given.empty()) {
-        const OpTimes op_times{{given[0], given[1], given[2]}, step.rules()};
-        timeline = simulate(step.lists, step.input, op_times, [](const Op&, int) { return 0.0; });
-    } else if (cluster) {
-        timeline = simulate_on(*cluster, step);
-        times = "on " + cluster_text(*cluster, step.input.ranks);
-    } else {
-        const double gflops = measure_matrix_peak(c.threads());
-        timeline = simulate_on(cluster_of_rate(gflops), step);
-        times = format("from the arithmetic, at %.0f GFLOP/s", gflops) + " a rank (the measured peak)";
-    }
+    const PlannedTimes times = planned_times(c, step, cluster, [&] { return measure_matrix_peak(c.threads()); });
+    const Timeline timeline = simulate(step.lists, step.input, times.op_ms, times.message_ms);
     const Picture picture{printed("%s, ranks %d, layers %d, chunks %d", step.options.schedule_name().c_str(),
                                   step.input.ranks, step.input.layers, chunks),
                           planned_events(step.lists, timeline, [&](const Op& op) { return step.message_bytes(op); })};
@@ -196,8 +216,11 @@ inline int plan_command(const Config& c, RankOptions options) {
     } else if (!c.plan.draw.empty()) {
         write_file(c.plan.draw, svg_picture(picture));
     }
-    if (c.json) std::printf("%s\n", plan_json(step, timeline, picture.ranks).c_str());
+    if (c.json) std::printf("%s\n", step_json(step, picture.ranks).c_str());
     else if (c.plan.draw.empty())
-        std::fputs(step_tables(step, timeline, times, cluster ? &*cluster : nullptr).c_str(), stdout);
+        std::fputs(step_tables(step, timeline, times.text, cluster ? &*cluster : nullptr).c_str(), stdout);
+    if (c.data.packing == "documents" && step.input.ranks > 1 && !c.plan.chunks && !c.json && c.plan.draw.empty())
+        std::printf("Packed documents may take up to %d chunks, and training plans its memory for those.\n",
+                    options.layout.max_chunks);
     return 0;
 }

@@ -25,7 +25,7 @@ inline void fill_config(Config& c) {
     const auto fill = [](auto& value, const auto& otherwise) {
         if (value == std::decay_t<decltype(value)>()) value = otherwise;
     };
-    if (c.command == "train" || c.command == "plan") {
+    if (c.command == "train" || c.command == "plan" || c.command == "rehearse") {
         const bool from_elsewhere = !c.run.init_from.empty();
         if (from_elsewhere && !c.is_given("model")) c.model.name = "custom";
         if (const Preset* preset = find_preset(c.model.name)) {
@@ -41,7 +41,7 @@ inline void fill_config(Config& c) {
     if (c.command == "tokenize") fill(c.data.tokenizer, "bytes");
     fill(c.data.batch_tokens, 8 * c.model.context);
     if (c.launch.ranks > 1 && !c.is_given("ranks")) c.parallel.ranks = c.launch.ranks;
-    const bool pipeline = c.parallel.ranks > 1 || (c.command == "plan" && !c.plan.cluster.empty());
+    const bool pipeline = c.parallel.ranks > 1 || (c.command != "train" && !c.plan.cluster.empty());
     fill(c.data.chunk_tokens, pipeline ? c.model.context : c.data.batch_tokens);
 }
 
@@ -219,6 +219,7 @@ inline Config parse_config(int argc, const char* const* argv, const Launch& laun
         if (values[0].starts_with("--") && find_flag(values[0].substr(2)))
             reader.refuse(flag, name + " has no value, " + values[0] + " follows it");
         else reader.set(flag, values, name);
+        reader.config.typed.insert(flag.name);
     }
     fill_config(reader.config);
     for (const std::string& violation : config_violations(reader.config, reader.wrong))

@@ -86,10 +86,15 @@ struct Config {
         int64_t chunks = 0;
         std::string choice;  // why `auto` has taken the schedule; no flag
     } plan;
+    struct {
+        double time_scale = 1;
+        int64_t repeats = 5;
+    } rehearse;
     bool json = false;
 
     Launch launch;                // how the process was started
     std::set<std::string> given;  // names of the flags set by the user, not by default
+    std::set<std::string> typed;  // those of them that stand on the command line, not just in a file
     bool is_given(const std::string& flag) const { return given.count(flag) > 0; }
 
     // OpenMP threads of each rank: those asked for, or its share of the cores that this process may use. A launcher may
@@ -103,7 +108,7 @@ struct Config {
 // ---------------------------------------------------------------------------------------------------------------------
 // The table of flags.
 
-enum Command { TRAIN = 1, TOKENIZE = 2, GENERATE = 4, EVAL = 8, DOCTOR = 16, PLAN = 32 };
+enum Command { TRAIN = 1, TOKENIZE = 2, GENERATE = 4, EVAL = 8, DOCTOR = 16, PLAN = 32, REHEARSE = 64 };
 
 struct CommandRow {
     Command command;
@@ -116,6 +121,7 @@ inline const CommandRow command_table[] = {
     {GENERATE, "generate", "sample text from a checkpoint"},
     {EVAL, "eval", "validation loss and perplexity of a checkpoint on token files"},
     {PLAN, "plan", "what a schedule would do: its ops, times, bubble and memory, without running it"},
+    {REHEARSE, "rehearse", "run a plan for real, with timed sleeps in place of kernels, and measure it"},
     {DOCTOR, "doctor", "what was compiled in, what the machine has and can do, known problems"},
 };
 
@@ -162,13 +168,13 @@ inline const std::vector<Flag>& flag_table() {
     static const Limits not_negative{.low = 0}, positive{.low = 0, .low_open = true};
     // clang-format off
     static const std::vector<Flag> table = {
-        {"model", TRAIN | PLAN, IN(model, name), "preset: tiny, bytes, gpt2:d12, gpt3:c768, helixpipe:7b, ..., custom"},
-        {"layers", TRAIN | PLAN, IN(model, layers), "layers, 0 = the preset's", {0, 10000}},
-        {"channels", TRAIN | PLAN, IN(model, channels), "width, 0 = the preset's", {0, 1 << 20}},
-        {"heads", TRAIN | PLAN, IN(model, heads), "attention heads, 0 = the preset's", {0, 1 << 16}},
-        {"context", TRAIN | PLAN, IN(model, context), "longest sequence in tokens, 0 = the preset's", {0, 1 << 28}},
-        {"vocab", TRAIN | PLAN, IN(model, vocab), "vocabulary, 0 = the tokenizer's", {0, 1 << 24}},
-        {"untied", TRAIN | PLAN, IN(model, untied), "the head has a weight of its own, not the embedding's"},
+        {"model", TRAIN | PLAN | REHEARSE, IN(model, name), "preset: tiny, bytes, gpt2:d12, gpt3:c768, helixpipe:7b, ..., custom"},
+        {"layers", TRAIN | PLAN | REHEARSE, IN(model, layers), "layers, 0 = the preset's", {0, 10000}},
+        {"channels", TRAIN | PLAN | REHEARSE, IN(model, channels), "width, 0 = the preset's", {0, 1 << 20}},
+        {"heads", TRAIN | PLAN | REHEARSE, IN(model, heads), "attention heads, 0 = the preset's", {0, 1 << 16}},
+        {"context", TRAIN | PLAN | REHEARSE, IN(model, context), "longest sequence in tokens, 0 = the preset's", {0, 1 << 28}},
+        {"vocab", TRAIN | PLAN | REHEARSE, IN(model, vocab), "vocabulary, 0 = the tokenizer's", {0, 1 << 24}},
+        {"untied", TRAIN | PLAN | REHEARSE, IN(model, untied), "the head has a weight of its own, not the embedding's"},
 
         {"data", TRAIN | EVAL, IN(data, train), "token files, a path or pattern such as 'data/train_*.bin'"},
         {"val-data", TRAIN, IN(data, val), "token files for the validation loss, none = no validation"},
@@ -176,10 +182,10 @@ inline const std::vector<Flag>& flag_table() {
          "of the text, none = the preset's or the checkpoint's", {.choices = "bytes|gpt2"}},
         {"tokenizer-dir", TOKENIZE | GENERATE, IN(data, tokenizer_dir),
          "directory of the tokenizer's own files"},
-        {"packing", TRAIN | EVAL | PLAN, IN(data, packing),
+        {"packing", TRAIN | EVAL | PLAN | REHEARSE, IN(data, packing),
          "a sample is one window of the stream or one document", {.choices = "contiguous|documents"}},
-        {"batch-tokens", TRAIN | EVAL | PLAN, IN(data, batch_tokens), "tokens a step, 0 = 8 contexts", count},
-        {"chunk-tokens", TRAIN | EVAL | PLAN, IN(data, chunk_tokens),
+        {"batch-tokens", TRAIN | EVAL | PLAN | REHEARSE, IN(data, batch_tokens), "tokens a step, 0 = 8 contexts", count},
+        {"chunk-tokens", TRAIN | EVAL | PLAN | REHEARSE, IN(data, chunk_tokens),
          "tokens that go through the model at once, 0 = the batch; with several ranks a context", count},
 
         {"steps", TRAIN, IN(training, steps), "optimizer steps", count},
@@ -199,41 +205,41 @@ inline const std::vector<Flag>& flag_table() {
         {"on-nonfinite", TRAIN, IN(training, on_nonfinite),
          "a loss or gradient is not finite: stop, or skip the update", {.choices = "stop|skip"}},
 
-        {"recompute", TRAIN | PLAN, IN(compute, recompute),
+        {"recompute", TRAIN | PLAN | REHEARSE, IN(compute, recompute),
          "what the backward pass recomputes to save memory", {.choices = "none|elementwise|without-attention|full"}},
-        {"mlp-chunk", TRAIN | EVAL | PLAN, IN(compute, mlp_chunk),
+        {"mlp-chunk", TRAIN | EVAL | PLAN | REHEARSE, IN(compute, mlp_chunk),
          "tokens the MLP works on at once, 0 = the whole chunk", count},
-        {"head-chunk", TRAIN | EVAL | PLAN, IN(compute, head_chunk),
+        {"head-chunk", TRAIN | EVAL | PLAN | REHEARSE, IN(compute, head_chunk),
          "tokens whose logits exist at once, 0 = the whole chunk", count},
-        {"threads", TRAIN | GENERATE | EVAL | PLAN | DOCTOR, IN(compute, threads),
+        {"threads", TRAIN | GENERATE | EVAL | PLAN | REHEARSE | DOCTOR, IN(compute, threads),
          "of each rank, 0 = its share of the cores", {0, 4096}},
         {"memory", TRAIN | GENERATE | EVAL, IN(compute, memory),
          "most bytes to use (12GiB works too), 0 = what is available", count},
 
 #ifdef USE_CUDA
-        {"deterministic", TRAIN | PLAN, IN(compute, deterministic), "the same bits every time, also in attention"},
-        {"attention-workspace", TRAIN | PLAN, IN(compute, attention_workspace),
+        {"deterministic", TRAIN | PLAN | REHEARSE, IN(compute, deterministic), "the same bits every time, also in attention"},
+        {"attention-workspace", TRAIN | PLAN | REHEARSE, IN(compute, attention_workspace),
          "most bytes that cuDNN may take for --deterministic, else our own kernels run", count},
 #endif
 
-        {"ranks", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, ranks),
+        {"ranks", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(parallel, ranks),
          "pipeline ranks, as threads of this process; under mpirun its number of processes", {1, 4096}},
-        {"schedule", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, schedule),
+        {"schedule", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(parallel, schedule),
          "who computes what when, with several ranks; auto: the best of those that plan --cluster compares",
          {.choices = "gpipe|1f1b|interleaved|zb-h1|zb-h2|helix|auto"}},
-        {"folds", TRAIN | EVAL | PLAN, IN(parallel, folds), "helix: chunks handled back to back", {1, 1024}},
-        {"virtual-stages", TRAIN | GENERATE | EVAL | PLAN, IN(parallel, virtual_stages),
+        {"folds", TRAIN | EVAL | PLAN | REHEARSE, IN(parallel, folds), "helix: chunks handled back to back", {1, 1024}},
+        {"virtual-stages", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(parallel, virtual_stages),
          "interleaved: stages a rank, 0 = as many as there are layers for", {0, 10000}},
-        {"qkv-move", TRAIN | PLAN, IN(parallel, qkv_move),
+        {"qkv-move", TRAIN | PLAN | REHEARSE, IN(parallel, qkv_move),
          "helix: send weights for queries, keys and values, not the products: once a step, with every chunk, or off",
          {.choices = "once|on|off"}},
-        {"norm-move", TRAIN | PLAN, IN(parallel, norm_move),
+        {"norm-move", TRAIN | PLAN | REHEARSE, IN(parallel, norm_move),
          "helix: the LayerNorm before them runs with the attention, too, which halves what is kept",
          {.choices = "on|off"}},
-        {"spread-head", TRAIN | EVAL | PLAN, IN(parallel, spread_head),
+        {"spread-head", TRAIN | EVAL | PLAN | REHEARSE, IN(parallel, spread_head),
          "helix: every rank runs the last post and the head for the chunks whose last attention it ran",
          {.choices = "on|off"}},
-        {"hang-timeout", TRAIN | GENERATE | EVAL, IN(parallel, hang_timeout),
+        {"hang-timeout", TRAIN | GENERATE | EVAL | REHEARSE, IN(parallel, hang_timeout),
          "seconds after which a rank that does not go on is given up, before op times are known", {1, 1 << 30}},
 
         {"run-dir", TRAIN, IN(run, dir), "directory for checkpoints, metrics and the effective configuration"},
@@ -248,11 +254,11 @@ inline const std::vector<Flag>& flag_table() {
         {"dry-run", TRAIN, IN(run, dry_run), "print the memory plan and exit"},
         {"verify-layout", TRAIN, IN(run, verify_layout),
          "take 3 steps on these ranks and on one, compare them and exit: 0 if they agree, else 1"},
-        {"trace", TRAIN, IN(run, trace), "write when each op ran into FILE (Perfetto's JSON) and FILE.svg"},
+        {"trace", TRAIN | REHEARSE, IN(run, trace), "write when each op ran into FILE (Perfetto's JSON) and FILE.svg"},
         {"checkpoint", GENERATE | EVAL, IN(run, checkpoint), "directory of a checkpoint, or of a run: its newest"},
         {"calibrate", DOCTOR, IN(run, calibrate),
          "measure this CPU as ranks of --threads threads, and write FILE for plan --cluster and --schedule auto"},
-        {"config", TRAIN | TOKENIZE | GENERATE | EVAL | PLAN | DOCTOR, IN(run, config_file),
+        {"config", TRAIN | TOKENIZE | GENERATE | EVAL | PLAN | REHEARSE | DOCTOR, IN(run, config_file),
          "TOML file with these names; flags win over it"},
 
         {"prompt", GENERATE, IN(generate, prompt), "text to continue"},
@@ -274,12 +280,14 @@ inline const std::vector<Flag>& flag_table() {
          "times and memory of the schedule, its ops, the memory of all; with a cluster all recompute modes of all",
          {.choices = "table|ops|memory|all"}},
         {"draw", PLAN, IN(plan, draw), "a picture of the plan: FILE.svg, or - for the terminal"},
-        {"cluster", TRAIN | PLAN, IN(plan, cluster),
+        {"cluster", TRAIN | PLAN | REHEARSE, IN(plan, cluster),
          "hardware to plan for: a name in dev/clusters, or a file; without --schedule all schedules are compared"},
-        {"chunks", PLAN, IN(plan, chunks), "chunks a step, 0 = those of --batch-tokens", count},
-        {"times", PLAN, IN(plan, times),
+        {"chunks", PLAN | REHEARSE, IN(plan, chunks), "chunks a step, 0 = those of --batch-tokens", count},
+        {"times", PLAN | REHEARSE, IN(plan, times),
          "forward times of pre,attention,post, such as 1,4,3; none = from the FLOPs"},
-        {"json", PLAN | DOCTOR, "output", [](Config& c) -> Field { return &c.json; }, "print one JSON object instead of tables"},
+        {"time-scale", REHEARSE, IN(rehearse, time_scale), "all times are multiplied by it", positive},
+        {"repeats", REHEARSE, IN(rehearse, repeats), "steps; the one of the median time is reported", {1, 10000}},
+        {"json", PLAN | REHEARSE | DOCTOR, "output", [](Config& c) -> Field { return &c.json; }, "print one JSON object instead of tables"},
     };
     // clang-format on
 #undef IN

@@ -28,6 +28,14 @@ inline int64_t planned_chunks(const Config& c) {
     return c.plan.chunks ? c.plan.chunks : ceil_div(c.data.batch_tokens, c.data.chunk_tokens);
 }
 
+// "", or why a flag that only `schedule` has cannot be there. In a file it passes: the configuration of a run has all
+// flags, and serves under any schedule. `plan --print memory` shows all schedules.
+inline std::string foreign_flag(const Config& c, const std::string& flag, const std::string& schedule) {
+    const bool all_schedules = c.command == "plan" && c.plan.print == "memory";
+    if (!c.typed.count(flag) || c.parallel.schedule == schedule || all_schedules) return "";
+    return "only " + schedule + " has --" + flag + "; use --schedule " + schedule + " or leave it out";
+}
+
 // problem() returns "", or why the values of the flags do not go together and what would; the values are printed before
 // it from the list of names. A size of 0 is not known yet: it comes with a checkpoint.
 struct Relation {
@@ -40,7 +48,7 @@ inline const std::vector<Relation>& relation_table() {
     using std::string, std::to_string;
     // clang-format off
     static const std::vector<Relation> table = {
-        {TRAIN | PLAN, {"model"}, [](const Config& c) -> string {
+        {TRAIN | PLAN | REHEARSE, {"model"}, [](const Config& c) -> string {
             if (find_preset(c.model.name)) return "";
             if (c.model.name == "gpt3:c5140")
                 return "5140 channels do not divide by heads of 128; use --model gpt3:c5120";
@@ -48,12 +56,12 @@ inline const std::vector<Relation>& relation_table() {
             for (const Preset& preset : presets()) names.push_back(preset.name);
             return "there is no such preset; use --model " + nearest(c.model.name, names);
         }},
-        {TRAIN | PLAN, {"model", "layers", "channels", "heads", "context"}, [](const Config& c) -> string {
+        {TRAIN | PLAN | REHEARSE, {"model", "layers", "channels", "heads", "context"}, [](const Config& c) -> string {
             const bool known = c.model.layers && c.model.channels && c.model.heads && c.model.context;
             if (known || c.model.name != "custom" || !c.run.init_from.empty()) return "";
             return "`custom` needs all sizes; use --layers 4 --channels 192 --heads 4 --context 256";
         }},
-        {TRAIN | PLAN, {"channels", "heads"}, [](const Config& c) -> string {
+        {TRAIN | PLAN | REHEARSE, {"channels", "heads"}, [](const Config& c) -> string {
             const int64_t C = c.model.channels, NH = c.model.heads;
             if (!C || !NH || C % NH == 0) return "";
             int64_t fewer = NH;
@@ -62,7 +70,7 @@ inline const std::vector<Relation>& relation_table() {
                    " or --heads " + to_string(fewer);
         }},
 #ifdef USE_CUDA
-        {TRAIN | PLAN, {"channels", "heads"}, [](const Config& c) -> string {
+        {TRAIN | PLAN | REHEARSE, {"channels", "heads"}, [](const Config& c) -> string {
             const int64_t C = c.model.channels, NH = c.model.heads;
             if (!C || !NH || C % NH || (C / NH % 8 == 0 && C / NH <= 128)) return "";
             return "on a GPU a head has a multiple of 8 channels, at most 128; use --channels " +
@@ -78,16 +86,16 @@ inline const std::vector<Relation>& relation_table() {
             if (c.run.dry_run || !c.data.train.empty()) return "";
             return "training reads token files; use --data 'DIR/train_*.bin' (`train_gpt tokenize` writes them)";
         }},
-        {TRAIN | EVAL, {"batch-tokens", "context", "packing"}, [](const Config& c) -> string {
+        {TRAIN | EVAL | PLAN, {"batch-tokens", "context", "packing"}, [](const Config& c) -> string {
             const int64_t B = c.data.batch_tokens, T = c.model.context;
-            if (c.data.packing != "contiguous" || !T || B % T == 0) return "";
+            if (c.data.packing != "contiguous" || !T || B % T == 0 || c.plan.chunks) return "";
             return "a step takes whole windows; use --batch-tokens " + to_string(round_up(B, T));
         }},
-        {TRAIN, {"batch-tokens", "context", "packing"}, [](const Config& c) -> string {
-            if (c.data.packing != "documents" || c.data.batch_tokens >= c.model.context) return "";
+        {TRAIN | PLAN, {"batch-tokens", "context", "packing"}, [](const Config& c) -> string {
+            if (c.data.packing != "documents" || c.data.batch_tokens >= c.model.context || c.plan.chunks) return "";
             return "a document may be as long as the context; use --batch-tokens " + to_string(c.model.context);
         }},
-        {TRAIN | EVAL, {"chunk-tokens", "context", "packing"}, [](const Config& c) -> string {
+        {TRAIN | EVAL | PLAN, {"chunk-tokens", "context", "packing"}, [](const Config& c) -> string {
             const int64_t N = c.data.chunk_tokens, T = c.model.context;
             if (c.data.packing != "contiguous" || !T || !N || N % T == 0 || T % N == 0) return "";
             return "a chunk holds whole windows or an even slice of one; use --chunk-tokens " + to_string(round_up(N, T));
@@ -124,7 +132,7 @@ inline const std::vector<Relation>& relation_table() {
             if (!holds("/metrics.jsonl") && !holds("/checkpoints")) return "";
             return "the directory holds a run; use --resume to continue it, or --run-dir " + c.run.dir + "-2";
         }},
-        {TRAIN | GENERATE | EVAL, {"ranks"}, [](const Config& c) -> string {
+        {TRAIN | GENERATE | EVAL | REHEARSE, {"ranks"}, [](const Config& c) -> string {
             if (c.launch.ranks == 1 || c.parallel.ranks == c.launch.ranks) return "";
             return c.launch.source + " has started " + to_string(c.launch.ranks) +
                    " processes, each of which is a rank; use --ranks " + to_string(c.launch.ranks) + " or leave it out";
@@ -136,8 +144,17 @@ inline const std::vector<Relation>& relation_table() {
             return "sequences longer than a chunk are cut into slices, which this schedule cannot run; use --schedule "
                    "gpipe, --ranks 1 or --chunk-tokens " + to_string(c.model.context);
         }},
+        {TRAIN | EVAL | PLAN, {"folds", "schedule"}, [](const Config& c) { return foreign_flag(c, "folds", "helix"); }},
+        {TRAIN | PLAN, {"qkv-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "qkv-move", "helix"); }},
+        {TRAIN | GENERATE | EVAL | PLAN, {"virtual-stages", "schedule"}, [](const Config& c) {
+            return foreign_flag(c, "virtual-stages", "interleaved");
+        }},
         {TRAIN, {"verify-layout", "ranks"}, [](const Config& c) -> string {
             return c.run.verify_layout && c.parallel.ranks == 1 ? "one rank is compared with several; use --ranks 2" : "";
+        }},
+        {REHEARSE, {"schedule"}, [](const Config& c) -> string {
+            if (c.parallel.schedule != "auto") return "";
+            return "one schedule is rehearsed; use --schedule helix (`train_gpt plan --cluster` compares them)";
         }},
         {GENERATE | EVAL, {"schedule"}, [](const Config& c) -> string {
             if (c.parallel.schedule != "auto") return "";
@@ -153,15 +170,20 @@ inline const std::vector<Relation>& relation_table() {
             if (c.plan.print != "memory" || c.plan.cluster.empty()) return "";
             return "that is the memory of this program; use --print all, or no --cluster";
         }},
-        {PLAN, {"times", "cluster"}, [](const Config& c) -> string {
+        {PLAN | REHEARSE, {"times", "cluster"}, [](const Config& c) -> string {
             if (c.plan.times.empty() || c.plan.cluster.empty()) return "";
             return "the times are given or follow from the cluster; use one of the two";
         }},
-        {PLAN, {"times"}, [](const Config& c) -> string {
+        {PLAN | REHEARSE, {"times"}, [](const Config& c) -> string {
             if (c.plan.times.empty() || !forward_times(c.plan.times).empty()) return "";
             return "three times in ms, of pre, attention and post, not all 0; use --times 1,4,3";
         }},
-        {PLAN, {"chunks", "batch-tokens", "chunk-tokens", "layers"}, [](const Config& c) -> string {
+#ifdef USE_CUDA
+        {REHEARSE, {"ranks"}, [](const Config&) -> string {
+            return "a rehearsal sleeps in place of kernels and needs no GPU; use a program built by make DEVICE=cpu";
+        }},
+#endif
+        {PLAN | REHEARSE, {"chunks", "batch-tokens", "chunk-tokens", "layers"}, [](const Config& c) -> string {
             constexpr int64_t most = 1'000'000;
             if (!c.data.chunk_tokens || planned_chunks(c) <= most / (6 * c.model.layers + 2)) return "";
             return "a plan lists every op, a million at most; use --chunks " +

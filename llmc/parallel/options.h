@@ -26,24 +26,24 @@ inline int64_t most_chunks(const Config& c) {
 inline RankOptions rank_options(const Config& c, const GptConfig& model, bool training, int rank = 0) {
     const auto& parallel = c.parallel;
     const int most = int(most_chunks(c)), least = c.data.packing == "contiguous" ? most : 1;
-    RankOptions options{model,
-                        recompute_of(c),
-                        c.data.chunk_tokens,
-                        c.compute.mlp_chunk,
-                        c.compute.head_chunk,
-                        c.threads(),
-                        training,
-                        {int(parallel.ranks),
-                         rank,
-                         parallel.schedule,
-                         int(parallel.folds),
-                         int(parallel.virtual_stages),
-                         {parallel.qkv_move != "off", parallel.qkv_move == "once",
-                          parallel.qkv_move != "off" && parallel.norm_move == "on", parallel.spread_head == "on"},
-                         0,
-                         most,
-                         least},
-                        c.launch.ranks > 1 ? c.launch.local_rank : rank};
+    RankOptions options{
+        model,
+        recompute_of(c),
+        c.data.chunk_tokens,
+        c.compute.mlp_chunk,
+        c.compute.head_chunk,
+        c.threads(),
+        training,
+        {.ranks = int(parallel.ranks),
+         .rank = rank,
+         .schedule = parallel.schedule,
+         .folds = int(parallel.folds),
+         .virtual_stages = int(parallel.virtual_stages),
+         .helix = {parallel.qkv_move != "off", parallel.qkv_move == "once",
+                   parallel.qkv_move != "off" && parallel.norm_move == "on", parallel.spread_head == "on"},
+         .max_chunks = most,
+         .min_chunks = least},
+        c.launch.ranks > 1 ? c.launch.local_rank : rank};
 #ifdef USE_CUDA
     options.deterministic = c.compute.deterministic;
     options.attention_workspace = c.compute.attention_workspace;

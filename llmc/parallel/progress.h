@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <thread>
@@ -29,7 +30,7 @@ inline double seconds_now() {
 // How a rank is, as it tells others.
 struct Report {
     Activity activity = Activity::nothing;
-    int32_t peer = -1;              // whom it waits for
+    int32_t peer = -1;              // whom it waits for, or in an op, to whom it sends next
     double seconds = 0, limit = 0;  // so long, and how long at most
     char text[112] = "start-up";    // "attention layer 3 chunk 5", "waits for X layer 2 chunk 1 from rank 0"
 
@@ -39,7 +40,15 @@ struct Report {
 
 class Progress {
 public:
-    void computing(const Op& op) { begin({.activity = Activity::computing, .op = op}); }
+    std::atomic<double> least_limit = 10;  // seconds; more where ops are known to be slow
+
+    // `peer`: to whom the rank sends next, -1 if to nobody. `work` of an attention: FLOPs, in any unit, of which ops of
+    // chunks that hold other documents have more or fewer; 0 if not known.
+    void computing(const Op& op, int peer = -1, double work = 0) {
+        State state{.activity = Activity::computing, .op = op, .work = work};
+        state.op.peer = peer;
+        begin(state);
+    }
     void waiting(const Op& transfer) { begin({.activity = Activity::waiting, .op = transfer}); }
     // `what` is a literal: "optimizer", "saving a checkpoint".
     void busy_with(const char* what) { begin({.activity = Activity::busy, .what = what}); }
@@ -58,26 +67,32 @@ public:
 
     std::string text() const { return text(read()); }
 
-    // A rank may be in one op for 5 times the slowest of the last 100 of its kind, and 10 s at least; `hang_timeout`
-    // seconds where that is not known yet, or where it is busy with something else, and for attention, whose work grows
-    // with the square of a document. A wait is judged by the slowest of all kinds and of the waits before it, since
-    // large messages take their time on a slow network. `resumed`: time before it does not count, since the process was
-    // stopped.
+    // A rank may be in one op for 5 times the slowest of the last 100 of its kind, and least_limit; `hang_timeout`
+    // seconds where that is not known yet, or where it is busy with something else. Attention, whose work grows with
+    // the square of a document, may also take 5 times as long as its work did at the slowest rate, and never more than
+    // `hang_timeout`: the rate is low where documents are so short that other things take the time. A wait is judged by
+    // the slowest of all kinds and of the waits before it, since large messages take their time on a slow network.
+    // `resumed`: time before it does not count, since the process was stopped.
     Report report(double hang_timeout, double resumed = 0) const {
         const State state = read();
         Report report{.activity = state.activity, .seconds = seconds_now() - std::max(state.since, resumed)};
-        double slowest = 0;  // that is known
+        double slowest = 0, most = INFINITY;  // that is known
+        if (state.activity == Activity::computing || state.activity == Activity::waiting) report.peer = state.op.peer;
         if (state.activity == Activity::computing) {
-            if (state.op.part != Part::attention) slowest = durations(state.op).slowest();
+            slowest = durations(state.op).slowest();
+            if (state.op.part == Part::attention) {
+                const double scaled = state.work * rates_[size_t(state.op.pass)].slowest();
+                slowest = scaled > 0 ? std::max(slowest, scaled) : 0;
+                most = hang_timeout;
+            }
         } else if (state.activity == Activity::waiting) {
-            report.peer = state.op.peer;
             if (waits_.slowest() > 0) {
                 slowest = waits_.slowest();
                 for (const auto& passes : durations_)
                     for (const Durations& d : passes) slowest = std::max(slowest, d.slowest());
             }
         }
-        report.limit = slowest > 0 ? std::max(10.0, 5 * slowest) : hang_timeout;
+        report.limit = slowest > 0 ? std::min(most, std::max(double(least_limit), 5 * slowest)) : hang_timeout;
         const std::string name = text(state);
         name.copy(report.text, sizeof report.text - 1);
         report.text[std::min(name.size(), sizeof report.text - 1)] = '\0';
@@ -89,7 +104,7 @@ private:
         Activity activity = Activity::nothing;
         Op op{};
         const char* what = nullptr;
-        double since = 0;
+        double since = 0, work = 0;
     };
     static_assert(std::is_trivially_copyable_v<State>);
 
@@ -106,7 +121,7 @@ private:
             float slowest = 0;
             if (count.load(std::memory_order_relaxed) < 3) return 0;
             for (const auto& s : seconds) slowest = std::max(slowest, s.load(std::memory_order_relaxed));
-            return std::max(double(slowest), 1e-9);
+            return std::max(double(slowest), 1e-30);
         }
     };
 
@@ -117,6 +132,7 @@ private:
     std::array<std::atomic<uint64_t>, std::tuple_size_v<Words>> words_{};
     State state_;                                        // the writer's own
     std::array<std::array<Durations, 3>, 5> durations_;  // [part][pass]
+    std::array<Durations, 3> rates_;                     // [pass] of attention, seconds by unit of work
     Durations waits_;                                    // for one transfer
 
     Durations& durations(const Op& op) { return durations_[size_t(op.part)][size_t(op.pass)]; }
@@ -124,7 +140,10 @@ private:
 
     void begin(State state) {
         state.since = seconds_now();
-        if (state_.activity == Activity::computing) durations(state_.op).add(state.since - state_.since);
+        if (state_.activity == Activity::computing) {
+            durations(state_.op).add(state.since - state_.since);
+            if (state_.work > 0) rates_[size_t(state_.op.pass)].add((state.since - state_.since) / state_.work);
+        }
         if (state_.activity == Activity::waiting) waits_.add(state.since - state_.since);
         state_ = state;
         Words words{};

@@ -5,13 +5,11 @@
 #include <map>
 
 #include "llmc/io/machine.h"
-#include "llmc/parallel/transport.h"
+#include "llmc/parallel/op_loop.h"
 #include "llmc/pipeline/check.h"
-#include "llmc/pipeline/op_clock.h"
 #include "llmc/pipeline/schedules/accumulate.h"
 #include "llmc/pipeline/schedules/schedules.h"
 #include "llmc/pipeline/step.h"
-#include "llmc/pipeline/trace.h"
 
 // Bytes of one rank by kind.
 struct MemoryPlan {
@@ -243,10 +241,9 @@ inline std::vector<MemoryPlan> plan_memory(RankOptions o, std::span<const int> r
 
 inline MemoryPlan plan_memory(const RankOptions& o) { return plan_memory(o, std::span(&o.layout.rank, 1))[0]; }
 
-struct Rank {
+struct Rank : OpLoop {
     const int index;
     RankOptions options;
-    Transport& transport;
     MemoryPlan memory;
     std::vector<Parameter> parameters;
     std::vector<SharedParameter> shared;  // the same order on all ranks
@@ -266,17 +263,11 @@ struct Rank {
     std::byte* workspace = nullptr;
     StepInputs inputs;             // of the step that runs
     DeviceMemory<double> loss{1};  // sum over the targets that this rank has seen in it
-    OpClock clock{opened.device};
-
-    double busy_seconds = 0;             // time spent computing, all in all,
-    double post_seconds = 0;             // and posting messages; between threads that includes copying them
-    std::optional<TraceRecorder> trace;  // filled by the schedule loop where there is one
-    double trace_zero = 0;               // its time 0 on seconds_now(), about the same moment on all ranks
 
     Rank(const RankOptions& o, Transport& transport)
-        : index(o.layout.rank),
+        : OpLoop{transport, transport.progress, OpClock(opened.device)},
+          index(o.layout.rank),
           options(o),
-          transport(transport),
           memory(plan_memory(o)),
           parameters(o.parameters()),
           shared(o.shared_parameters()),

@@ -65,13 +65,13 @@ public:
     // end as soon as they wait for somebody, and what that rank has thrown is thrown here. `hang_timeout` in seconds.
     template <class Body>
     int run(int ranks, double hang_timeout, const Body& body) {
-        if (ranks == 1) return run_rank(*transport_, body);
+        if (ranks == 1) return run_rank(*transport_, {}, body);
         const bool nccl = gpu_for_each_rank(ranks);
         if (launch.ranks > 1) {
             const std::unique_ptr<Transport> over_nccl = nccl ? nccl_transport(*transport_) : nullptr;
             Transport& transport = nccl ? *over_nccl : *transport_;
             const Watch watch(*this, {&transport}, hang_timeout);
-            return run_rank(transport, body);
+            return run_rank(transport, {&transport}, body);
         }
         ThreadTeam team(ranks);
         std::vector<std::unique_ptr<Transport>> threads_only, transports;
@@ -91,7 +91,7 @@ public:
         for (int rank = 0; rank < ranks; ++rank)
             threads.emplace_back([&, rank] {
                 try {
-                    codes[size_t(rank)] = run_rank(*transports[size_t(rank)], body);
+                    codes[size_t(rank)] = run_rank(*transports[size_t(rank)], members, body);
                 } catch (...) {
                     errors[size_t(rank)] = std::current_exception();
                     team.fail(rank);
@@ -166,24 +166,29 @@ private:
         }
     };
 
-    // Says which of several ranks has failed, and at what.
+    // Says which of several ranks has failed, at what, and who waits for it among those that this process sees.
     template <class Body>
-    static int run_rank(Transport& transport, const Body& body) {
+    static int run_rank(Transport& transport, const std::vector<const Transport*>& members, const Body& body) {
+        const size_t rank = size_t(transport.rank);
         const auto where = [&] {
-            return transport.ranks == 1
-                       ? ""
-                       : "rank " + std::to_string(transport.rank) + ", " + transport.progress.text() + ": ";
+            return transport.ranks == 1 ? "" : "rank " + std::to_string(rank) + ", " + transport.progress.text() + ": ";
+        };
+        const auto who_waits = [&] {
+            std::vector<Sight> sights(static_cast<size_t>(transport.ranks));
+            for (const Transport* member : members) sights[size_t(member->rank)].report = member->progress.report(0);
+            return who_waits_for(sights, rank);
         };
         try {
             const int code = body(transport);
             transport.progress.nothing();
             return code;
         } catch (const JointFailure&) { throw; } catch (const Failure& failure) {
-            throw Failure(failure.exit_code, where() + failure.what());
+            const bool own = failure.exit_code != EXIT_PEER;  // and not another rank's
+            throw Failure(failure.exit_code, where() + failure.what() + (own ? who_waits() : ""));
         } catch (const std::bad_alloc&) {
-            throw Failure(EXIT_MEMORY, where() + "out of memory; choose a smaller model or batch");
+            throw Failure(EXIT_MEMORY, where() + "out of memory; choose a smaller model or batch" + who_waits());
         } catch (const std::exception& error) {
-            throw Failure(EXIT_INTERNAL, where() + "internal error, please report it: " + error.what());
+            throw Failure(EXIT_INTERNAL, where() + "internal error, please report it: " + error.what() + who_waits());
         }
     }
 };

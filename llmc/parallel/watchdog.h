@@ -32,16 +32,24 @@ struct Sight {
     bool answers(double now, double within = silence) const { return state == present && now - heard <= within; }
 };
 
+// Who waits for rank r; "" if that is not known.
+inline std::string who_waits_for(std::span<const Sight> ranks, size_t r) {
+    for (size_t i = 0; i < ranks.size(); ++i)
+        if (i != r && ranks[i].state == Sight::present && ranks[i].report.activity == Activity::waiting &&
+            ranks[i].report.peer == int(r))
+            return "; rank " + std::to_string(i) + " " + ranks[i].report.text;
+    const Report& report = ranks[r].report;
+    if (report.activity != Activity::computing || report.peer < 0) return "";
+    return "; no rank waits for it yet, the first would be rank " + std::to_string(report.peer);
+}
+
 // Why the run must end, "" while it need not. To blame is who computes or does not answer, not who waits for it.
 inline std::string cause_of_end(std::span<const Sight> ranks, double now) {
     auto name = [](size_t r) { return "rank " + std::to_string(r) + " "; };
     auto seconds = [](double s) { return std::to_string(int64_t(s)) + " s"; };
     auto who_waits = [&](size_t r) {
-        for (size_t i = 0; i < ranks.size(); ++i)
-            if (i != r && ranks[i].state == Sight::present && ranks[i].report.activity == Activity::waiting &&
-                ranks[i].report.peer == int(r))
-                return "; " + name(i) + ranks[i].report.text;
-        return std::string("; no rank waits for it yet");
+        const std::string who = who_waits_for(ranks, r);
+        return who.empty() ? "; no rank waits for it yet" : who;
     };
     auto last_seen = [](const Report& report) {
         const std::string text = report.text;

@@ -45,6 +45,8 @@ public:
         CUDA_CHECK(cudaEventRecord(events_[size_t(used_)], device_.stream));
         return used_++;
     }
+    // Returns when the device has passed all moments.
+    void finish() { CUDA_CHECK(cudaEventSynchronize(events_[size_t(used_ - 1)])); }
     // On the scale of seconds_now(), once the device has passed the moment.
     double seconds(Moment moment) const {
         float ms = 0;
@@ -60,6 +62,7 @@ private:
         times_[size_t(used_)] = seconds_now();
         return used_++;
     }
+    void finish() {}
     double seconds(Moment moment) const { return times_[size_t(moment)]; }
 
 private:

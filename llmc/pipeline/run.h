@@ -13,7 +13,10 @@ struct Observer {
     std::vector<std::vector<floatS>> losses;  // [chunk][N]
 };
 
-// Runs the ops of a plan in their order. Gradients of parameters are added to, everything else is overwritten.
+// The schedule loop: runs the ops of a plan in their order.
+void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions);
+
+// The ops of a plan on the model. Gradients of parameters are added to, everything else is overwritten.
 // `loss_scale` is one over the number of targets in the whole step. Returns the sum of the losses that this rank has
 // computed, in nats.
 double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer = nullptr);

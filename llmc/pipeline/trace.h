@@ -51,6 +51,30 @@ std::vector<std::vector<TraceEvent>> planned_events(const OpLists& lists, const 
     return ranks;
 }
 
+// What the events of all ranks amount to, in ms.
+struct StepTimes {
+    double step = 0;     // until the last op has ended, from time 0
+    double busiest = 0;  // sum of the ops of the rank where that is most
+    double bubble = 0;   // part of all ranks' time in which they do not compute
+};
+
+inline StepTimes step_times(const std::vector<std::vector<TraceEvent>>& ranks) {
+    StepTimes times;
+    double all = 0;
+    for (const std::vector<TraceEvent>& events : ranks) {
+        double busy = 0;
+        for (const TraceEvent& event : events) {
+            if (event.kind != EventKind::compute) continue;
+            busy += event.end - event.start;
+            times.step = std::max(times.step, event.end);
+        }
+        times.busiest = std::max(times.busiest, busy);
+        all += busy;
+    }
+    if (times.step > 0) times.bubble = 1 - all / (times.step * double(ranks.size()));
+    return times;
+}
+
 // The keys of an event that traces and plans share. Ops at the ends of the model have no layer, computation no peer.
 inline nlohmann::json event_json(const TraceEvent& event) {
     static const char* const kinds[] = {"compute", "send", "recv", "wait"};

@@ -72,8 +72,9 @@ inline int helix_forward_end(const ScheduleInput& in) {
     return in.training ? chain.head() - in.spread_head : chain.length();
 }
 
-// The forward slots of a rank in a round. If p divides L, the ring of blocks closes: rank 0 runs the last as well as the first, a
-// slot of block L goes on with block 0 of the next group, and all groups are one phase. If not, each group is a phase.
+// The forward slots of a rank in a round. If p divides L, the ring of blocks closes: rank 0 runs the last as well as
+// the first, a slot of block L goes on with block 0 of the next group, and all groups are one phase. If not, each group
+// is a phase.
 inline std::vector<Phase> helix_forward(const HelixRound& round, int rank) {
     const ScheduleInput& in = round.in;
     const int p = in.ranks, L = in.layers, F = in.folds;

@@ -15,7 +15,7 @@ struct ScheduleInput {
     bool training = true;      // without: the forward pass alone
     bool spread_head = false;  // helix: the last post and the head run where the last attention did
     bool sliced = false;       // some chunks are slices of one sequence: forward in order, backward in reverse
-    int round_chunks = 0;  // helix: chunks that run forward and then backward before the next ones; 0 = all
+    int round_chunks = 0;      // helix: chunks that run forward and then backward before the next ones; 0 = all
 };
 
 using OpLists = std::vector<std::vector<Op>>;  // [rank][op]
