@@ -233,7 +233,7 @@ TEST(Costs, AddUpToTheModel) {
             if (move && !helix) continue;
             const OpLists lists = find_schedule(name)->lists({3, L, m});
             const auto cost = [&](Recompute recompute) {
-                return total(costs(whole, {L, true, recompute, helix, move}), lists);
+                return total(costs(whole, {L, true, recompute, helix, {move, false, false, false}}), lists);
             };
             // The second product of the MLP is needed again for the pre_attention of the same block alone, and where a
             // split backward does not keep the gradient before GELU.
@@ -244,6 +244,11 @@ TEST(Costs, AddUpToTheModel) {
             EXPECT_NEAR(cost(Recompute::without_attention), step + again, 1e-9 * step) << name << move;
             EXPECT_NEAR(cost(Recompute::full), step + again + attention, 1e-9 * step) << name << move;
         }
+
+    // HelixPipe with all its options: nothing is computed twice, or left out.
+    const OpLists lists = find_schedule("helix")->lists({.ranks = 3, .layers = L, .chunks = m, .spread_head = true});
+    const TensorRules rules{L, true, Recompute::none, true, {true, true, true, true}};
+    EXPECT_NEAR(total(costs(whole, rules), lists), step, 1e-9 * step);
 
     // Two sequences of 96 tokens, each in slices of 40, 40 and 16.
     std::vector<ChunkShape> sliced;
@@ -303,7 +308,7 @@ TEST(Costs, Messages) {
     const OpCosts costs(c, element_sizes("bf16"), g, {{N}}, moved);
     Op x{Part::pre, Pass::F, 1, 0, false, Kind::send, 3};
     const Op dx{Part::attention, Pass::B, 1, 0, false, Kind::send, 3};
-    const int64_t rows = 2 * N * C, weights = 3 * C * C + 3 * C;
+    const int64_t rows = 2 * N * C, weights = 3 * C * C + 3 * C + 2 * C;  // of the LayerNorm, too
     EXPECT_EQ(costs.message_bytes(x), 2 * rows + 2 * weights);
     EXPECT_EQ(costs.message_bytes(dx), 2 * rows + 4 * weights);
     EXPECT_DOUBLE_EQ(costs.message_ms(x, 0), 1e-3 + double(2 * rows + 2 * weights) / 2 / 1e8);

@@ -29,9 +29,11 @@ inline int64_t planned_chunks(const Config& c) {
 }
 
 // "", or why a flag that only `schedule` has cannot be there. In a file it passes: the configuration of a run has all
-// flags, and serves under any schedule. `plan --print memory` shows all schedules.
+// flags, and serves under any schedule. `plan --print memory` shows all schedules,
+// and `auto` compares them.
 inline std::string foreign_flag(const Config& c, const std::string& flag, const std::string& schedule) {
-    const bool all_schedules = c.command == "plan" && c.plan.print == "memory";
+    const bool compares = c.parallel.schedule == "auto" || (!c.plan.cluster.empty() && !c.is_given("schedule"));
+    const bool all_schedules = compares || (c.command == "plan" && c.plan.print == "memory");
     if (!c.typed.count(flag) || c.parallel.schedule == schedule || all_schedules) return "";
     return "only " + schedule + " has --" + flag + "; use --schedule " + schedule + " or leave it out";
 }
