@@ -147,6 +147,17 @@ inline const std::vector<Relation>& relation_table() {
                    "gpipe, --ranks 1 or --chunk-tokens " + to_string(c.model.context);
         }},
         {TRAIN | EVAL | PLAN, {"folds", "schedule"}, [](const Config& c) { return foreign_flag(c, "folds", "helix"); }},
+        {TRAIN | PLAN | REHEARSE, {"round-chunks", "schedule"}, [](const Config& c) {
+            return foreign_flag(c, "round-chunks", "helix");
+        }},
+        {TRAIN | PLAN, {"norm-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "norm-move", "helix"); }},
+        {TRAIN | EVAL | PLAN, {"spread-head", "schedule"}, [](const Config& c) {
+            return foreign_flag(c, "spread-head", "helix");
+        }},
+        {TRAIN | PLAN | REHEARSE, {"recompute", "memory", "cluster"}, [](const Config& c) -> string {
+            if (c.compute.recompute != "auto" || c.compute.memory || !c.plan.cluster.empty()) return "";
+            return "it keeps what fits into the memory that it is given; use --memory 8GiB";
+        }},
         {TRAIN | PLAN, {"qkv-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "qkv-move", "helix"); }},
         {TRAIN | GENERATE | EVAL | PLAN, {"virtual-stages", "schedule"}, [](const Config& c) {
             return foreign_flag(c, "virtual-stages", "interleaved");
