@@ -89,7 +89,7 @@ std::string hold_to_account(const Plan& plan, const GptConfig& g, int64_t* most_
             if (use.access == Access::create) {
                 current[key] = needs.size();
                 const int64_t bytes =
-                    tensor_bytes(use.tensor, use.owner < 0 ? shape : plan.chunks[size_t(use.owner)], g, plan.rules);
+                    tensor_bytes(use.tensor, use.owner < 0 ? shape : plan.chunks[size_t(use.owner)], g);
                 if (place->offset < 0 || place->offset + bytes > plan.size.bytes) return name + " leaves the arena";
                 needs.push_back({name, place->offset, place->offset + bytes, posted[size_t(i)], i});
             } else if (!current.count(key)) {

@@ -51,7 +51,7 @@ struct PlannedStep {
     int64_t message_bytes(const Op& op) const {
         int64_t bytes = 0;
         for (const Use& use : message_contents(op, rules()))
-            bytes += sizes.tensor(use.tensor, chunks[size_t(op.chunk)], options.model, rules());
+            bytes += sizes.tensor(use.tensor, chunks[size_t(op.chunk)], options.model);
         return bytes;
     }
 };
