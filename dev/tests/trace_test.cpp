@@ -229,13 +229,12 @@ TEST(Costs, AddUpToTheModel) {
         return OpCosts(one_flop_a_ms, sizes_of<BuildTypes>(), g, chunks, rules);
     };
     const HelixOptions neither{false, false, false, false};
-    const std::vector<std::pair<std::string, HelixOptions>> cases = {
-        {"1f1b", neither},
-        {"zb-h1", neither},
-        {"helix", neither},
-        {"helix", {true, false, false, false}},
-        {"helix", {true, true, true, false}},
-        {"helix", {}}};
+    const std::vector<std::pair<std::string, HelixOptions>> cases = {{"1f1b", neither},
+                                                                     {"zb-h1", neither},
+                                                                     {"helix", neither},
+                                                                     {"helix", {true, false, false, false}},
+                                                                     {"helix", {true, true, true, false}},
+                                                                     {"helix", {}}};
     for (const auto& [name, variant] : cases) {
         const bool helix = name == "helix", split = name == "zb-h1";
         ScheduleInput in{3, L, m};
