@@ -201,7 +201,7 @@ TEST(Layouts, PlantedErrorsAreFound) {
         const Op& op = t.plan.ops[t.op];
         if (op.part != Part::post || op.pass != Pass::B || op.layer != 2 || op.chunk != 3) return;
         Allocator at = t.place(Tensor::d_post, 2);
-        PostGradients d_post(at, t.N, t.rank.options.model, true);
+        PostGradients d_post(at, t.N, t.rank.options.model);
         std::fill_n(d_post.d_fc.data, d_post.d_fc.size(), floatX(0));
     });
     // NaN, and a weight that differs between two ranks.

@@ -236,7 +236,7 @@ TEST(Costs, AddUpToTheModel) {
                                                                      {"helix", {true, true, true, false}},
                                                                      {"helix", {}}};
     for (const auto& [name, variant] : cases) {
-        const bool helix = name == "helix", split = name == "zb-h1";
+        const bool helix = name == "helix";
         ScheduleInput in{3, L, m};
         in.spread_head = variant.spread_head;
         const OpLists lists = find_schedule(name)->lists(in);
@@ -246,15 +246,20 @@ TEST(Costs, AddUpToTheModel) {
                 << recompute_names[int(recompute)];
         };
         // A spread post recomputes nothing. The second product of the MLP is needed again for the pre_attention of the
-        // same block alone, and where a split backward does not keep the gradient before GELU.
+        // same block alone.
         const double hidden = tokens * (L - variant.spread_head) * 10 * linear, qkv = tokens * L * 6 * linear;
-        const double second = tokens * 8 * linear * (helix && !variant.move_norm ? L - 1 : split ? L : 0);
-        const double again = hidden * (split ? 2 : 1) + second + (helix && !variant.move_qkv ? 0 : qkv);
+        const double second = tokens * 8 * linear * (helix && !variant.move_norm ? L - 1 : 0);
+        const double again = hidden + second + (helix && !variant.move_qkv ? 0 : qkv);
         expect_cost(Recompute::none, step);
         expect_cost(Recompute::without_attention, step + again);
         expect_cost(Recompute::full, step + again + attention);
         if (!helix || variant.move_norm) expect_cost(Recompute::elementwise, step);
     }
+
+    // HelixPipe with all its options: nothing is computed twice, or left out.
+    const OpLists lists = find_schedule("helix")->lists({.ranks = 3, .layers = L, .chunks = m, .spread_head = true});
+    const TensorRules rules{L, true, Recompute::none, true, {true, true, true, true}};
+    EXPECT_NEAR(total(costs(whole, rules), lists), step, 1e-9 * step);
 
     // Two sequences of 96 tokens, each in slices of 40, 40 and 16.
     std::vector<ChunkShape> sliced;

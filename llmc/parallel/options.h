@@ -41,9 +41,12 @@ inline RankOptions rank_options(const Config& c, const GptConfig& model, bool tr
          .virtual_stages = int(parallel.virtual_stages),
          .helix = {parallel.qkv_move != "off", parallel.qkv_move == "once",
                    parallel.qkv_move != "off" && parallel.norm_move == "on", parallel.spread_head == "on"},
+         .round_chunks = int(parallel.round_chunks),
          .max_chunks = most,
          .min_chunks = least},
         c.launch.ranks > 1 ? c.launch.local_rank : rank};
+    const int64_t sharers = c.launch.ranks > 1 ? c.launch.local_ranks : parallel.ranks;
+    options.memory_limit = c.compute.memory / sharers;
 #ifdef USE_CUDA
     options.deterministic = c.compute.deterministic;
     options.attention_workspace = c.compute.attention_workspace;

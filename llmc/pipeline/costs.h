@@ -181,8 +181,6 @@ inline OpWork op_work(const Op& op, const ChunkShape& shape, const ChunkWork& ch
             if (makes(Tensor::delta)) work.bytes += 2 * N * C * x;
             if (makes(Tensor::d_post)) work.bytes += 2 * N * C * (r + x);
         }
-        if (op.pass == Pass::W && !rules.keeps_d_fc())
-            product(fc, mlp_chunk, 1);  // its gradient before GELU was not kept
         // The gradient of the output of a product is gathered for its input already, unless these run apart.
         const int again = op.pass == Pass::W;
         if (op.pass == Pass::W || (op.pass == Pass::B && !op.split)) {

@@ -107,7 +107,7 @@ int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g,
         case Tensor::post_products:
             return bytes_of<PostProductsOf<Types>>(N, g);
         case Tensor::d_post:
-            return bytes_of<PostGradientsOf<Types>>(N, g, rules.keeps_d_fc());
+            return bytes_of<PostGradientsOf<Types>>(N, g);
     }
     throw std::logic_error("tensor of unknown kind");
 }
