@@ -60,6 +60,25 @@ TEST(Layouts, HelixAgreesWithOneRank) {
     summary.print();
 }
 
+TEST(Layouts, RoundsAgreeWithOneRank) {
+    Summary summary;
+    for (int F : {1, 2})
+        for (int p : {2, 3})
+            for (int round : {p * F, p * F + 1, p - 1})
+                for (const HelixOptions& helix : helix_variants())
+                    summary.expect_equal({.schedule = "helix",
+                                          .folds = F,
+                                          .ranks = p,
+                                          .layers = p + summary.cases % 3,
+                                          .chunks = 2 * p * F + 1,
+                                          .round_chunks = round,
+                                          .helix = helix,
+                                          .recompute = recompute_with(helix, summary.cases / 7 + summary.cases),
+                                          .documents = summary.cases / 4 % 2 == 1,
+                                          .tied = summary.cases / 2 % 2 == 1});
+    summary.print();
+}
+
 // Those with processes instead of threads are mpi_layouts.cpp's.
 TEST(Layouts, AllAxesAgreeWithOneRank) {
     std::printf("  HELIXTRAIN_SEED=%u\n", seed_of_tests());
