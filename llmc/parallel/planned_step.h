@@ -38,7 +38,7 @@ struct PlannedStep {
         : PlannedStep(o, count, sizes_of<BuildTypes>(), [&](int rank) {
               RankOptions mine = o;
               mine.layout.rank = rank;
-              return o.memory_limit - memory_besides_activations(mine).total();
+              return activation_limit(mine);
           }) {}
 
     TensorRules rules() const { return options.tensor_rules(true); }
@@ -51,7 +51,7 @@ struct PlannedStep {
     int64_t message_bytes(const Op& op) const {
         int64_t bytes = 0;
         for (const Use& use : message_contents(op, rules()))
-            bytes += sizes.tensor(use.tensor, chunks[size_t(op.chunk)], options.model, rules());
+            bytes += sizes.tensor(use.tensor, chunks[size_t(op.chunk)], options.model);
         return bytes;
     }
 };

@@ -227,8 +227,7 @@ public:
                 for (bool weights : {false, true}) {
                     op.weights = weights;
                     int64_t& bytes = bytes_[message_index(op)];
-                    for (const Use& use : message_contents(op, rules))
-                        bytes += sizes.tensor(use.tensor, chunks[c], g, rules);
+                    for (const Use& use : message_contents(op, rules)) bytes += sizes.tensor(use.tensor, chunks[c], g);
                 }
                 const bool block = op.pass == Pass::B && (op.part == Part::pre || op.part == Part::post);
                 const auto add = [&] {

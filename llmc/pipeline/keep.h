@@ -41,8 +41,8 @@ inline void keep_what_fits(std::vector<Op>& list, const std::vector<ChunkShape>&
         for (const auto& part : order) {
             const auto& [post, layer, chunk] = part;
             const Kept kept = parts.at(part);
-            const int64_t size = round_up(
-                bytes(post ? Tensor::post_products : Tensor::qkv, chunks[size_t(chunk)], g, rules), arena_alignment);
+            const int64_t size =
+                round_up(bytes(post ? Tensor::post_products : Tensor::qkv, chunks[size_t(chunk)], g), arena_alignment);
             const auto begin = live.begin() + kept.first, end = live.begin() + kept.last + 1;
             if (*std::max_element(begin, end) + size > target) continue;
             for (auto at = begin; at != end; ++at) *at += size;

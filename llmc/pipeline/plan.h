@@ -76,7 +76,7 @@ inline int64_t tensor_columns(Tensor tensor, const GptConfig& g) {
 
 // Types: of this build, or of the program that a plan is for.
 template <class Types = BuildTypes>
-int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g, const TensorRules& rules) {
+int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g) {
     const int64_t N = shape.tokens, columns = tensor_columns(tensor, g);
     switch (tensor) {
         case Tensor::residual:
@@ -112,7 +112,7 @@ int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g,
     throw std::logic_error("tensor of unknown kind");
 }
 
-using TensorBytes = int64_t (*)(Tensor, const ChunkShape&, const GptConfig&, const TensorRules&);
+using TensorBytes = int64_t (*)(Tensor, const ChunkShape&, const GptConfig&);
 
 // The plan for one rank's list. check.h has proven the lists of all ranks; here std::logic_error is thrown when an op
 // reads what no op before it on this rank has made or received.
@@ -166,7 +166,7 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
             const auto [place, is_new] = alive.try_emplace(key, plan.tensors.size());
             if (use.access == Access::create) {
                 place->second = plan.tensors.size();
-                plan.tensors.push_back({use.tensor, use.layer, use.owner, {bytes(use.tensor, shape, g, rules), i, i}});
+                plan.tensors.push_back({use.tensor, use.layer, use.owner, {bytes(use.tensor, shape, g), i, i}});
             } else if (is_new) {
                 alive.erase(place);
                 if (use.tensor == Tensor::qkv_weights || use.owner < 0) continue;  // the rank's own
