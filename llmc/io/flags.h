@@ -52,7 +52,7 @@ struct Config {
     struct {
         int64_t ranks = 1;
         std::string schedule = "1f1b";
-        int64_t folds = 2, virtual_stages = 0, round_chunks = 0;
+        int64_t folds = 2, virtual_stages = 0, round_chunks = 0, defer_weights = 0;
         std::string qkv_move = "once", norm_move = "on", spread_head = "on";
         int64_t hang_timeout = 600;  // seconds
     } parallel;
@@ -228,6 +228,8 @@ inline const std::vector<Flag>& flag_table() {
          "who computes what when, with several ranks; auto: the best of those that plan --cluster compares",
          {.choices = "gpipe|1f1b|interleaved|zb-h1|zb-h2|helix|auto"}},
         {"folds", TRAIN | EVAL | PLAN | REHEARSE, IN(parallel, folds), "helix: chunks handled back to back", {1, 1024}},
+        {"defer-weights", TRAIN | PLAN | REHEARSE, IN(parallel, defer_weights),
+         "gradients of weights of post that wait for idle time, at most so many on a rank; 0 = none", {0, 1 << 20}},
         {"round-chunks", TRAIN | PLAN | REHEARSE, IN(parallel, round_chunks),
          "helix: chunks that run forward and then backward before the next ones, 0 = all of a step", {0, 1 << 20}},
         {"virtual-stages", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(parallel, virtual_stages),

@@ -7,6 +7,8 @@
 #include "llmc/io/machine.h"
 #include "llmc/parallel/op_loop.h"
 #include "llmc/pipeline/check.h"
+#include "llmc/pipeline/costs.h"
+#include "llmc/pipeline/defer.h"
 #include "llmc/pipeline/keep.h"
 #include "llmc/pipeline/schedules/accumulate.h"
 #include "llmc/pipeline/schedules/schedules.h"
@@ -25,8 +27,9 @@ struct Layout {
     int folds = 2;                  // helix
     int virtual_stages = 0;         // interleaved; 0: as many as there are layers for
     HelixOptions helix = {};
-    int round_chunks = 0;                // helix: chunks of a round, 0 = all of the step
     int max_chunks = 1, min_chunks = 1;  // of a training step
+    int deferred = 0;                    // most gradients of weights of post that wait for idle time
+    int round_chunks = 0;                // helix: chunks of a round, 0 = all of the step
 };
 
 // A parameter that this rank holds and others, too.
@@ -69,6 +72,7 @@ struct RankOptions {
                      : layout.helix.move_qkv     ? ""
                                                  : ", QKV move off") +
                     (layout.round_chunks ? ", rounds of " + std::to_string(layout.round_chunks) : "");
+        if (layout.deferred) name += ", up to " + std::to_string(layout.deferred) + " weight gradients deferred";
         return name;
     }
     TensorRules tensor_rules(bool training) const;
@@ -158,6 +162,15 @@ inline int64_t kernel_scratch_bytes(const RankOptions& o) {
                                  attention_scratch_bytes(o.threads, g.head_size(), int(g.heads), o.chunk_tokens)})));
 }
 
+// By the arithmetic alone, whose rate does not count, and with messages for nothing: the same on every rank.
+inline OpLists with_deferred_weights(const RankOptions& o, const std::vector<ChunkShape>& shapes, const OpLists& lists,
+                                     const ScheduleInput& in) {
+    const OpCosts costs(cluster_of_rate(1), sizes_of<BuildTypes>(), o.model, shapes, o.tensor_rules(true), o.mlp_chunk,
+                        o.head_chunk);
+    return defer_weights(
+        lists, in, costs, [](const Op&, int) { return 0.0; }, o.layout.deferred);
+}
+
 // The lists of all ranks for a step whose cut sequences have so many chunks each (1: a chunk by itself), proven right.
 inline OpLists lists_of(const RankOptions& o, const std::vector<ChunkShape>& shapes, bool training) {
     const int L = int(o.model.layers);
@@ -175,6 +188,7 @@ inline OpLists lists_of(const RankOptions& o, const std::vector<ChunkShape>& sha
                           "and a --qkv-move; take these, or --recompute without-attention");
         lists = schedule.lists(in);
     }
+    if (o.layout.deferred > 0 && training && o.layout.ranks > 1) lists = with_deferred_weights(o, shapes, lists, in);
     if (const std::vector<std::string> problems = check_lists(lists, in); !problems.empty())
         throw std::logic_error("the schedule " + o.layout.schedule + " is wrong: " + problems[0]);
     return lists;
