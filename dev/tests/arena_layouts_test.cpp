@@ -155,6 +155,7 @@ Drawn draw(const Schedule& schedule, std::mt19937& generator) {
         if (sliced) size = random(1, 4);
     layout.max_chunks = std::accumulate(groups.begin(), groups.end(), 0);
     if (schedule.name == "helix" && random(0, 1)) layout.round_chunks = random(1, layout.max_chunks);
+    layout.deferred = random(0, 1) * random(1, 8);
     Recompute recompute = recompute_modes[random(0, 3)];
     if (recompute == Recompute::elementwise && !layout.helix.move_norm) recompute = Recompute::without_attention;
     return {options(random(1, 7), recompute, sliced ? 8 : 32, layout), groups, random(0, 4) > 0};
@@ -274,8 +275,8 @@ TEST(ArenaLayouts, HelixKeepsWhatItsDesignSays) {
                                   .schedule = "helix",
                                   .folds = F,
                                   .helix = helix,
-                                  .round_chunks = round,
-                                  .max_chunks = chunks};
+                                  .max_chunks = chunks,
+                                  .round_chunks = round};
                     RankOptions o = options(L, Recompute::without_attention, 32, layout);
                     const std::vector<Plan> plans = plans_of(o, std::vector<int>(size_t(chunks), 1), true);
                     for (int& rank = o.layout.rank; rank < p; ++rank) {

@@ -79,6 +79,27 @@ TEST(Layouts, RoundsAgreeWithOneRank) {
     summary.print();
 }
 
+TEST(Layouts, DeferredWeightGradientsAgreeWithOneRank) {
+    Summary summary;
+    for (const Schedule& schedule : schedules())
+        for (int p : {2, 3})
+            for (int most : {1, 4, 100}) {
+                const HelixOptions helix = helix_variants()[size_t(summary.cases) % helix_variants().size()];
+                const LayoutCase layout{.schedule = schedule.name,
+                                        .folds = 1 + summary.cases % 2,
+                                        .ranks = p,
+                                        .layers = 2 * p,
+                                        .chunks = 2 * p,
+                                        .deferred = most,
+                                        .helix = helix,
+                                        .recompute = recompute_with(helix, summary.cases),
+                                        .documents = summary.cases % 2 == 1,
+                                        .tied = summary.cases % 3 == 1};
+                summary.expect_equal(layout);
+            }
+    summary.print();
+}
+
 // Those with processes instead of threads are mpi_layouts.cpp's.
 TEST(Layouts, AllAxesAgreeWithOneRank) {
     std::printf("  HELIXTRAIN_SEED=%u\n", seed_of_tests());
