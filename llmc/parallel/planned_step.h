@@ -38,7 +38,7 @@ struct PlannedStep {
         : PlannedStep(o, count, sizes_of<BuildTypes>(), [&](int rank) {
               RankOptions mine = o;
               mine.layout.rank = rank;
-              return o.memory_limit - memory_besides_activations(mine).total();
+              return activation_limit(mine);
           }) {}
 
     TensorRules rules() const { return options.tensor_rules(true); }
