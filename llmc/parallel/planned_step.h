@@ -13,6 +13,29 @@ struct DeviceBytes {
     int64_t total() const { return model + activations + workspace; }
 };
 
+// The chunks of a step. Seq1F1B cuts each of the `count` ones, a whole sequence, into slices of its own; of a sequence
+// that is longer than a chunk, `count` are the even slices of all.
+inline std::vector<ChunkShape> chunks_of_step(RankOptions& o, int count) {
+    const int64_t N = o.chunk_tokens, T = o.model.context;
+    std::vector<ChunkShape> chunks;
+    if (o.layout.ranks > 1 && o.layout.schedule == "seq1f1b") {
+        constexpr int64_t slices = 8;
+        if (N != T)
+            throw Failure(EXIT_CONFIG, "seq1f1b cuts whole sequences, one a chunk: take chunks of " +
+                                           std::to_string(T) + " tokens, the context, not of " + std::to_string(N));
+        o.layout.slices = int(std::min(slices, T));
+        chunks = balanced_slices(o.model, count, o.layout.slices);
+        o.chunk_tokens = chunks[0].tokens;  // the longest
+    } else {
+        const int cut = int(ceil_div(T, N));
+        std::vector<int> groups(size_t(count / cut), cut);
+        if (count % cut) groups.push_back(count % cut);
+        chunks = chunk_shapes(groups, N, T);
+    }
+    o.layout.max_chunks = int(chunks.size());
+    return chunks;
+}
+
 struct PlannedStep {
     RankOptions options;
     ElementSizes sizes;
@@ -22,12 +45,8 @@ struct PlannedStep {
 
     explicit PlannedStep(RankOptions o, int count, const ElementSizes& sizes = sizes_of<BuildTypes>())
         : options(std::move(o)), sizes(sizes) {
-        options.layout.max_chunks = count;
-        const int slices = int(ceil_div(options.model.context, options.chunk_tokens));  // of each sequence
-        std::vector<int> groups(size_t(count / slices), slices);
-        if (count % slices) groups.push_back(count % slices);
-        chunks = chunk_shapes(groups, options.chunk_tokens, options.model.context);
-        input = options.schedule_input(count, true, slices > 1 && count > 1);
+        chunks = chunks_of_step(options, count);
+        input = options.schedule_input(int(chunks.size()), true, chunks[0].store >= 0);
         lists = lists_of(options, chunks, true);
     }
 

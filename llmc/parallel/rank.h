@@ -25,6 +25,7 @@ struct Layout {
     int virtual_stages = 0;         // interleaved; 0: as many as there are layers for
     HelixOptions helix = {};
     int round_chunks = 0;                // helix: chunks of a round, 0 = all of the step
+    int slices = 1;                      // seq1f1b: chunks that each sequence is cut into
     int max_chunks = 1, min_chunks = 1;  // of a training step
 };
 
@@ -55,7 +56,8 @@ struct RankOptions {
                       : layout.virtual_stages          ? std::min(layout.virtual_stages, most)
                                                        : most;
         const bool spread_head = layout.ranks > 1 && layout.schedule == "helix" && layout.helix.spread_head;
-        return {layout.ranks, L, chunks, layout.folds, v, training, spread_head, sliced, layout.round_chunks};
+        return {layout.ranks, L,           chunks, layout.folds,        v,
+                training,     spread_head, sliced, layout.round_chunks, layout.slices};
     }
     std::string schedule_name() const {
         std::string name = layout.ranks == 1 ? "accumulate" : layout.schedule;

@@ -198,8 +198,35 @@ inline std::vector<ChunkShape> chunk_shapes(const std::vector<int>& group_sizes,
         const int first = int(shapes.size());
         const int64_t longest = std::min(context, size * chunk_tokens);
         for (int i = 0; i < size; ++i)
-            shapes.push_back(size == 1 ? ChunkShape{chunk_tokens}
-                                       : ChunkShape{chunk_tokens, first, longest, i == 0, i == size - 1});
+            shapes.push_back(size == 1
+                                 ? ChunkShape{chunk_tokens}
+                                 : ChunkShape{chunk_tokens, first, longest, i == 0, i == size - 1, i * chunk_tokens});
     }
+    return shapes;
+}
+
+// So many sequences of g.context tokens, each cut into slices of equal work in the layers: later ones are shorter,
+// since their queries see more keys. At least one token each.
+inline std::vector<ChunkShape> balanced_slices(const GptConfig& g, int sequences, int slices) {
+    const auto work = [&](int64_t tokens) {
+        return 72 * double(g.layers * g.channels * g.channels) * double(tokens) + attention_flops(g, 0, tokens);
+    };
+    std::vector<int64_t> cuts = {0};
+    for (int i = 1; i <= slices; ++i) {
+        int64_t low = cuts.back() + 1;
+        for (int64_t high = g.context - (slices - i); low < high;) {
+            const int64_t middle = (low + high) / 2;
+            if (work(middle) < i * work(g.context) / slices) low = middle + 1;
+            else high = middle;
+        }
+        cuts.push_back(low);
+    }
+    std::vector<ChunkShape> shapes;
+    for (int first = 0; first < sequences * slices; first += slices)
+        for (int i = 0; i < slices; ++i) {
+            const int64_t begin = cuts[size_t(i)], tokens = cuts[size_t(i) + 1] - begin;
+            if (slices == 1) shapes.push_back({tokens});
+            else shapes.push_back({tokens, first, g.context, i == 0, i == slices - 1, begin});
+        }
     return shapes;
 }
