@@ -308,7 +308,8 @@ TEST(ArenaLayouts, EveryStepFits) {
     for (const Schedule& schedule : schedules())
         for (int n = 0; n < 30; ++n) {
             Drawn d = draw(schedule, generator);
-            if (d.options.layout.ranks > 1) d.group_sizes.assign(d.group_sizes.size(), 1), d.options.layout.slices = 1;
+            if (d.options.layout.ranks > 1) d.group_sizes.assign(d.group_sizes.size(), 1);
+            if (d.options.layout.slices > 1) d.options.layout.slices = 1, d.options.chunk_tokens = 32;
             std::vector<int> ranks(static_cast<size_t>(d.options.layout.ranks));
             std::iota(ranks.begin(), ranks.end(), 0);
             const std::vector<MemoryPlan> planned = plan_memory(d.options, ranks);
