@@ -61,11 +61,9 @@ Outcome outcome_of(const Cluster& cluster, const PlannedStep& step, const std::s
     outcome.ms = timeline.makespan;
     outcome.without_head = simulate(step.lists, step.input, headless, message_ms).makespan;
     outcome.busiest = *std::max_element(timeline.busy.begin(), timeline.busy.end());
-    int64_t arena = 0;
-    for (int r = 0; r < step.input.ranks; ++r) arena = std::max(arena, step.plan_of(r).size.bytes);
     const RankOptions& o = step.options;
     const int64_t workspace = step.sizes.workspace(o.chunk_tokens, o.model, o.mlp_chunk, o.head_chunk);
-    outcome.gb = 1e-9 * double(arena + workspace) / cluster.tp;
+    outcome.gb = 1e-9 * double(step.largest_arena() + workspace) / cluster.tp;
     return outcome;
 }
 

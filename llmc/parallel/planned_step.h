@@ -51,8 +51,14 @@ struct PlannedStep {
     }
 
     TensorRules rules() const { return options.tensor_rules(true); }
-    Plan plan_of(int rank) const {
-        return make_plan(lists[size_t(rank)], chunks, options.model, rules(), sizes.tensor);
+    Plan plan_of(int rank, int64_t enough = 0) const {
+        return make_plan(lists[size_t(rank)], chunks, options.model, rules(), sizes.tensor, enough);
+    }
+    // Of the rank that needs most.
+    int64_t largest_arena() const {
+        int64_t largest = 0;
+        for (int r = 0; r < input.ranks; ++r) largest = std::max(largest, plan_of(r, largest).size.bytes);
+        return largest;
     }
     OpCosts costs(const Cluster& cluster) const {
         return {cluster, sizes, options.model, chunks, rules(), options.mlp_chunk, options.head_chunk};

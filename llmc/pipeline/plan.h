@@ -118,9 +118,10 @@ using TensorBytes = int64_t (*)(Tensor, const ChunkShape&, const GptConfig&, con
 // reads what no op before it on this rank has made or received.
 //
 // A send reads its tensors until it is complete. A rank knows that when it has waited for a receive of a later batch,
-// since batches are served in order (simulate.h); until then nothing else gets their memory.
+// since batches are served in order (simulate.h); until then nothing else gets their memory. An arena of at most `enough`
+// bytes need not be any smaller.
 inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, const GptConfig& g,
-                      const TensorRules& rules, TensorBytes bytes = tensor_bytes<BuildTypes>) {
+                      const TensorRules& rules, TensorBytes bytes = tensor_bytes<BuildTypes>, int64_t enough = 0) {
     Plan plan{std::move(list), std::move(chunks), rules};
     const Chain chain{rules.layers, rules.training};
     const int count = int(plan.ops.size());
@@ -182,7 +183,7 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
 
     std::vector<Lifetime> lifetimes;
     for (const PlannedTensor& t : plan.tensors) lifetimes.push_back(t.life);
-    plan.size = assign_offsets(lifetimes, count);
+    plan.size = assign_offsets(lifetimes, count, enough);
     for (size_t t = 0; t < lifetimes.size(); ++t) plan.tensors[t].life = lifetimes[t];
     for (size_t i = 0; i < used.size(); ++i)
         for (size_t u = 0; u < used[i].size(); ++u) plan.memory[i][u].offset = lifetimes[used[i][u]].offset;
