@@ -144,16 +144,15 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                                   x(l));
         else if (products) matmul_forward(rank.device, qkv(), ln1(), {weights.qkv_weight, 3 * C, C}, weights.qkv_bias);
     };
-    const bool keeps_post = rules.keeps_post(l) || elementwise;
     const auto kept_post = [&]() -> std::optional<PostActivations> {
-        if (!rules.training || !keeps_post) return std::nullopt;
-        Allocator at = t.place(rules.keeps_post(l) ? Tensor::post : Tensor::post_products, l);
-        if (rules.keeps_post(l)) return PostActivations(at, t.N, rank.options.model);
-        return PostActivations(PostProducts(at, t.N, rank.options.model));
+        if (Allocator at{t.find(Tensor::post, l)}; at.base) return PostActivations(at, t.N, rank.options.model);
+        if (Allocator at{t.find(Tensor::post_products, l)}; at.base)
+            return PostActivations(PostProducts(at, t.N, rank.options.model));
+        return std::nullopt;
     };
     const auto d_post = [&] {
         Allocator at = t.place(Tensor::d_post, l);
-        return PostGradients(at, t.N, rank.options.model, rules.keeps_d_fc());
+        return PostGradients(at, t.N, rank.options.model);
     };
     const auto store = [&]<class T>(Tensor tensor, T) {
         if (shape.store < 0) return Matrix<T>();
@@ -204,7 +203,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 if (l + 1 < L && rules.one_block(l + 1))
                     next.emplace(rank.w.layers[size_t(l) + 1], rank.dw.layers[size_t(l) + 1], pre_gradient(l + 1));
                 post_attention_backward(ctx, w, dw, d_x(), d_attention(), kept_post(),
-                                        keeps_post ? Matrix<floatR>() : x(l), attention_out(),
+                                        rules.keeps_post(l) || elementwise ? Matrix<floatR>() : x(l), attention_out(),
                                         op.split ? std::optional(d_post()) : std::nullopt, next);
                 if (t.find(Tensor::delta, l))
                     attention_delta(rank.device, t.rows<floatS>(Tensor::delta, l), d_attention(), attention_out());
@@ -254,8 +253,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     if (op.pass == Pass::W) {
         if (op.part == Part::pre) qkv_backward_weight(ctx, dw, t.rows<floatX>(Tensor::d_qkv, l), ln1());
         if (op.part == Part::post)
-            post_attention_backward_weight(ctx, w, dw, d_post(), kept_post(), keeps_post ? Matrix<floatR>() : x(l),
-                                           attention_out());
+            post_attention_backward_weight(ctx, w, dw, d_post(), kept_post().value(), attention_out());
     }
 }
 

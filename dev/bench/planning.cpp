@@ -7,11 +7,6 @@
 
 #include "llmc/commands/plan.h"
 
-struct Stage {
-    const char* name;
-    double seconds;
-};
-
 double seconds_of(const auto& work) {
     const double start = seconds_now();
     work();
@@ -92,5 +87,13 @@ int main(int argc, char** argv) {
         if (!json)
             for (const auto& [part, seconds] : parts) std::printf("    %-12s %8.3f s\n", part.c_str(), median(seconds));
     }
+    RankOptions options;
+    options.model = {32, 4096, 32, 131072, 50257, 50304};
+    options.chunk_tokens = 131072;
+    options.layout.ranks = cluster.ranks();
+    std::vector<double> seconds;
+    for (int round = 0; round < rounds; ++round)
+        seconds.push_back(seconds_of([&] { Comparison(cluster, options, 16, {}, false); }));
+    report("all schedules, 7B on h20x64, m=16", seconds, 5);
     return 0;
 }

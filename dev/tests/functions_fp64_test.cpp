@@ -131,13 +131,16 @@ TEST(Functions, PostAttention) {
             return dot(rows(y, C), rows(dy, C));
         };
         objective();
-        std::vector<std::byte> memory(size_t(bytes_of<PostGradients>(N, config, keep)) + 64);
+        std::vector<std::byte> memory(size_t(bytes_of<PostGradients>(N, config)) + 64);
         Allocator place{memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64};
-        const PostGradients d_post(place, N, config, keep);
-        post_attention_backward(f.ctx, f.w.layers[0], f.dw.layers[0], rows(dx, C), rows(d_o, C), kept, rows(x, C),
-                                rows(o, C), split ? std::optional(d_post) : std::nullopt, std::nullopt);
-        if (split)
-            post_attention_backward_weight(f.ctx, f.w.layers[0], f.dw.layers[0], d_post, kept, rows(x, C), rows(o, C));
+        const PostGradients d_post(place, N, config);
+        // What is not kept is recomputed, and by a split backward left for the gradients of the weights.
+        const PostActivations products(PostProducts(f.memory, N, config));
+        const std::optional<PostActivations> known = keep ? kept : split ? std::optional(products) : std::nullopt;
+        post_attention_backward(f.ctx, f.w.layers[0], f.dw.layers[0], rows(dx, C), rows(d_o, C), known,
+                                keep ? Matrix<double>() : rows(x, C), rows(o, C),
+                                split ? std::optional(d_post) : std::nullopt, std::nullopt);
+        if (split) post_attention_backward_weight(f.ctx, f.w.layers[0], f.dw.layers[0], d_post, *known, rows(o, C));
         f.check("x", x.data(), dx.data(), N * C, objective);
         f.check("o", o.data(), d_o.data(), N * C, objective);
         for (const char* name :

@@ -27,12 +27,13 @@ const std::vector<Op> OPS = {{TEXT(ONE_OP), CASES(ONE_OP)}};
 #include "kernel_cases/classifier.h"
 #include "kernel_cases/copy_reduce.h"
 #include "kernel_cases/encoder.h"
+#include "kernel_cases/gelu.h"
 #include "kernel_cases/layernorm.h"
 #include "kernel_cases/matmul.h"
 const std::vector<Op> OPS = {{"adamw", adamw_cases},           {"attention", attention_cases},
                              {"classifier", classifier_cases}, {"copy_reduce", copy_reduce_cases},
-                             {"encoder", encoder_cases},       {"layernorm", layernorm_cases},
-                             {"matmul", matmul_cases}};
+                             {"encoder", encoder_cases},       {"gelu", gelu_cases},
+                             {"layernorm", layernorm_cases},   {"matmul", matmul_cases}};
 #endif
 
 constexpr size_t FEWEST_SHAPES = 20;  // of each output

@@ -31,6 +31,8 @@ inline Recompute recompute_with(const HelixOptions& helix, int n) {
 struct LayoutCase {
     std::string schedule;
     int folds = 1, ranks = 1, layers = 1, chunks = 1;
+    int round_chunks = 0;  // helix: chunks of a round, 0 = all
+    int deferred = 0;      // most gradients of weights that wait for idle time
     HelixOptions helix = {};
     Recompute recompute = Recompute::none;
     bool documents = false, tied = false;  // packed documents of mixed lengths, or one window a chunk
@@ -42,7 +44,9 @@ struct LayoutCase {
         if (schedule == "helix")
             name += " F=" + std::to_string(folds) +
                     (helix.move_qkv ? helix.weights_once ? " move" : " move each" : " no move") +
-                    (helix.move_norm ? " norm" : "") + (helix.spread_head ? " spread" : "");
+                    (helix.move_norm ? " norm" : "") + (helix.spread_head ? " spread" : "") +
+                    (round_chunks ? " rounds of " + std::to_string(round_chunks) : "");
+        if (deferred) name += " deferred " + std::to_string(deferred);
         return name + " p=" + std::to_string(ranks) + " L=" + std::to_string(layers) + " m=" + std::to_string(chunks) +
                " recompute " + recompute_names[int(recompute)] + (documents ? " documents" : " windows") +
                (tied ? " tied" : " untied") + " mlp-chunk " + std::to_string(mlp_chunk) + " chunks of " +
@@ -50,8 +54,15 @@ struct LayoutCase {
     }
     GptConfig model() const { return {layers, 16, 2, 16, 50, 64, tied}; }
     RankOptions options(int rank, int max_chunks) const {
-        return {model(),   recompute, chunk_tokens, mlp_chunk,
-                mlp_chunk, 1,         true,         {ranks, rank, schedule, folds, 0, helix, max_chunks}};
+        const Layout layout{.ranks = ranks,
+                            .rank = rank,
+                            .schedule = schedule,
+                            .folds = folds,
+                            .helix = helix,
+                            .max_chunks = max_chunks,
+                            .deferred = deferred,
+                            .round_chunks = round_chunks};
+        return {model(), recompute, chunk_tokens, mlp_chunk, mlp_chunk, 1, true, layout};
     }
     LayoutCase on_one_rank() const {
         LayoutCase one = *this;
@@ -244,9 +255,11 @@ inline int layers_of(int kind, int p) { return kind == 0 ? (p < 8 ? 2 * p : p) :
 inline int chunks_of(int kind, int p, int F) {
     return kind == 0 ? (p < 4 ? 2 : 1) * p * F : kind == 1 ? p * F + 1 : p - 1;
 }
+// All chunks in one; a group; fewer than ranks.
+inline int round_of(int kind, int p, int F) { return kind == 0 ? 0 : kind == 1 ? p * F : p - 1; }
 
 struct CoveringLayouts {
-    std::vector<int> sizes = {8, 4, 3, 3, int(helix_variants().size()), 4, 2, 2, 2, 2};
+    std::vector<int> sizes = {8, 4, 3, 3, int(helix_variants().size()), 4, 2, 2, 2, 2, 3, 2};
     std::vector<std::vector<int>> rows;  // [layout][axis] value
     std::vector<LayoutCase> threads, processes;
 
@@ -265,6 +278,8 @@ struct CoveringLayouts {
                             .ranks = p,
                             .layers = layers_of(row[2], p),
                             .chunks = chunks_of(row[3], p, F),
+                            .round_chunks = schedule == std::string("helix") ? round_of(row[10], p, F) : 0,
+                            .deferred = 3 * row[11],
                             .helix = helix_variants()[size_t(row[4])],
                             .recompute = recompute_with(helix_variants()[size_t(row[4])], row[5]),
                             .documents = row[6] == 1,

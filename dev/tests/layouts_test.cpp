@@ -60,6 +60,46 @@ TEST(Layouts, HelixAgreesWithOneRank) {
     summary.print();
 }
 
+TEST(Layouts, RoundsAgreeWithOneRank) {
+    Summary summary;
+    for (int F : {1, 2})
+        for (int p : {2, 3})
+            for (int round : {p * F, p * F + 1, p - 1})
+                for (const HelixOptions& helix : helix_variants())
+                    summary.expect_equal({.schedule = "helix",
+                                          .folds = F,
+                                          .ranks = p,
+                                          .layers = p + summary.cases % 3,
+                                          .chunks = 2 * p * F + 1,
+                                          .round_chunks = round,
+                                          .helix = helix,
+                                          .recompute = recompute_with(helix, summary.cases / 7 + summary.cases),
+                                          .documents = summary.cases / 4 % 2 == 1,
+                                          .tied = summary.cases / 2 % 2 == 1});
+    summary.print();
+}
+
+TEST(Layouts, DeferredWeightGradientsAgreeWithOneRank) {
+    Summary summary;
+    for (const Schedule& schedule : schedules())
+        for (int p : {2, 3})
+            for (int most : {1, 4, 100}) {
+                const HelixOptions helix = helix_variants()[size_t(summary.cases) % helix_variants().size()];
+                const LayoutCase layout{.schedule = schedule.name,
+                                        .folds = 1 + summary.cases % 2,
+                                        .ranks = p,
+                                        .layers = 2 * p,
+                                        .chunks = 2 * p,
+                                        .deferred = most,
+                                        .helix = helix,
+                                        .recompute = recompute_with(helix, summary.cases),
+                                        .documents = summary.cases % 2 == 1,
+                                        .tied = summary.cases % 3 == 1};
+                summary.expect_equal(layout);
+            }
+    summary.print();
+}
+
 // Those with processes instead of threads are mpi_layouts.cpp's.
 TEST(Layouts, AllAxesAgreeWithOneRank) {
     std::printf("  HELIXTRAIN_SEED=%u\n", seed_of_tests());
@@ -182,7 +222,7 @@ TEST(Layouts, PlantedErrorsAreFound) {
         const Op& op = t.plan.ops[t.op];
         if (op.part != Part::post || op.pass != Pass::B || op.layer != 2 || op.chunk != 3) return;
         Allocator at = t.place(Tensor::d_post, 2);
-        PostGradients d_post(at, t.N, t.rank.options.model, true);
+        PostGradients d_post(at, t.N, t.rank.options.model);
         std::fill_n(d_post.d_fc.data, d_post.d_fc.size(), floatX(0));
     });
     // NaN, and a weight that differs between two ranks.

@@ -21,7 +21,9 @@ std::string describe(const std::string& name, const ScheduleInput& in) {
     return name + " p=" + std::to_string(in.ranks) + " L=" + std::to_string(in.layers) +
            " m=" + std::to_string(in.chunks) + " F=" + std::to_string(in.folds) +
            " v=" + std::to_string(in.virtual_stages) + " slices=" + std::to_string(in.slices) +
-           (in.spread_head ? " spread head" : "") + (in.training ? "" : " forward only");
+           (in.spread_head ? " spread head" : "") +
+           (in.round_chunks ? " rounds of " + std::to_string(in.round_chunks) : "") +
+           (in.training ? "" : " forward only");
 }
 
 // The seed of everything random, printed; another one with SEED=n.
@@ -259,8 +261,13 @@ OpLists unbatched(OpLists lists) {
 
 TEST(Check, RefusesWrongPlans) {
     const std::vector<std::pair<std::string, ScheduleInput>> plans = {
-        {"helix", {4, 4, 8, 2}}, {"helix", {3, 4, 5, 1}},          {"1f1b", {3, 5, 4}},
-        {"gpipe", {2, 2, 3}},    {"interleaved", {2, 4, 4, 2, 2}}, {"zb-h2", {3, 3, 6}},
+        {"helix", {4, 4, 8, 2}},
+        {"helix", {3, 4, 5, 1}},
+        {"helix", {2, 3, 5, 1, 1, true, true, false, 2}},  // spread head, rounds of two chunks
+        {"1f1b", {3, 5, 4}},
+        {"gpipe", {2, 2, 3}},
+        {"interleaved", {2, 4, 4, 2, 2}},
+        {"zb-h2", {3, 3, 6}},
     };
     int tried = 0;
     for (const auto& [name, in] : plans) {
@@ -338,7 +345,10 @@ TEST(Check, RefusesWrongPlans) {
 
 // The bubble without communication where a closed form is exact, negative elsewhere.
 double closed_form(const std::string& name, const ScheduleInput& in, const Times& t) {
-    const int p = in.ranks, L = in.layers, m = in.chunks, F = in.folds, v = in.virtual_stages;
+    const int p = in.ranks, L = in.layers, F = in.folds, v = in.virtual_stages;
+    const int m = in.round_chunks ? in.round_chunks : in.chunks;  // of a round: rank 0 begins and ends each
+    const double rounds = double(in.chunks) / m;
+    if (in.chunks % m != 0) return -1;
     if (p < 2 || L % p != 0 || !in.training || in.spread_head) return -1;
     const double layers = L / p, blocks = t.pre + t.post;
     const double forward = layers * (blocks + t.attention);
@@ -348,10 +358,10 @@ double closed_form(const std::string& name, const ScheduleInput& in, const Times
     if (name == "zb-h1" && m >= p) return (p - 1) * (forward + backward - weights);
     if (name == "zb-h2" && m >= 2 * p - 1) return (p - 1) * (forward + backward - 2 * weights);
     const double passes = t.recompute ? 4 : 3;
-    if (name == "helix" && F == 1 && m % p == 0) return passes * (p - 1) * blocks;
+    if (name == "helix" && F == 1 && m % p == 0) return rounds * passes * (p - 1) * blocks;
     // An attention hides a block, in the backward pass as well.
     const bool hides = t.pre == 0 && t.attention >= t.post && 2 * t.attention >= (passes - 1) * t.post;
-    if (name == "helix" && F > 1 && m % (p * F) == 0 && hides) return passes * (F * (p - 2) + 1) * t.post;
+    if (name == "helix" && F > 1 && m % (p * F) == 0 && hides) return rounds * passes * (F * (p - 2) + 1) * t.post;
     return -1;
 }
 
@@ -364,7 +374,7 @@ double bubble(const std::string& name, const Timeline& timeline) {
 }
 
 struct Counts {
-    int proven = 0, closed = 0, compared = 0;
+    int proven = 0, rounds = 0, closed = 0, compared = 0;
 };
 
 // Draws an instance and tries all schedules on it. Returns what is wrong.
@@ -398,6 +408,8 @@ std::string try_instance(unsigned seed, int number, std::map<std::string, Counts
         if (name != "interleaved") mine.virtual_stages = 1;
         mine.spread_head = name == "helix" && random(0, 1) == 1;
         if (name == "seq1f1b") mine.slices = random(1, 8);
+        if (name == "helix" && random(0, 1))  // half of them full groups where the step has these
+            mine.round_chunks = even && random(0, 1) ? in.ranks * in.folds : random(1, in.chunks);
         const std::string what = describe(name, mine) + " times " + std::to_string(times.pre) + " " +
                                  std::to_string(times.attention) + " " + std::to_string(times.post) +
                                  (times.recompute ? " recompute: " : ": ");
@@ -411,6 +423,7 @@ std::string try_instance(unsigned seed, int number, std::map<std::string, Counts
                 if (op.kind == Kind::compute && schedule.owner(mine, op.part, op.layer, op.chunk) != int(r))
                     return what + op_name(op) + " is not on the rank of its owner map";
         ++counts[name].proven;
+        counts[name].rounds += mine.round_chunks > 0;
 
         const double expected = closed_form(name, mine, times);
         if (expected >= 0) {
@@ -453,13 +466,16 @@ TEST(Schedules, RandomInstances) {
         {
             all_uneven += uneven;
             for (const auto& [name, c] : counts)
-                total[name].proven += c.proven, total[name].closed += c.closed, total[name].compared += c.compared;
+                for (int Counts::*count : {&Counts::proven, &Counts::rounds, &Counts::closed, &Counts::compared})
+                    total[name].*count += c.*count;
         }
     }
     EXPECT_EQ(all_uneven, 2500);
     for (const auto& [name, c] : total)
-        std::printf("  %-12s %d plans proven; bubbles: %d equal to the closed form, %d to the brute force\n",
-                    name.c_str(), c.proven, c.closed, c.compared);
+        std::printf(
+            "  %-12s %d plans proven, %d in rounds; bubbles: %d equal to the closed form, %d to the brute force\n",
+            name.c_str(), c.proven, c.rounds, c.closed, c.compared);
+    EXPECT_GT(total["helix"].rounds, 2000);
 }
 
 // Two folds, and blocks whose pre takes a quarter: bubble in units of the blocks' forward and backward.
@@ -531,6 +547,30 @@ TEST(Schedules, Seq1f1bTakesSlicesInOrder) {
         EXPECT_EQ(order, expected[r]);
     }
     EXPECT_EQ(chunks_alive(lists), (std::vector<int>{6, 5, 4}));
+}
+
+// A round is a step of so many chunks, and none of its chunks is alive in the next.
+TEST(Helix, Rounds) {
+    for (const auto& [p, L, m, F, round] : std::vector<std::array<int, 5>>{
+             {4, 8, 16, 2, 8}, {4, 4, 12, 1, 4}, {3, 4, 10, 2, 4}, {2, 5, 7, 1, 3}, {4, 8, 6, 2, 1}, {4, 8, 6, 2, 9}})
+        for (const bool spread : {false, true}) {
+            const ScheduleInput in{p, L, m, F, 1, true, spread, false, round};
+            const OpLists lists = lists_of("helix", in);
+            for (int rank = 0; rank < p; ++rank) {
+                OpLists alone(1), together(1);  // computed
+                for (int first = 0; first < m; first += round) {
+                    ScheduleInput step = in;
+                    step.chunks = std::min(round, m - first), step.round_chunks = 0;
+                    const OpLists of_step = lists_of("helix", step);
+                    for (Op op : of_step[size_t(rank)])
+                        if (op.kind == Kind::compute) op.chunk += first, alone[0].push_back(op);
+                }
+                for (const Op& op : lists[size_t(rank)])
+                    if (op.kind == Kind::compute) together[0].push_back(op);
+                EXPECT_EQ(print_list(together[0], in), print_list(alone[0], in)) << describe("helix", in);
+            }
+            for (int alive : chunks_alive(lists)) EXPECT_LE(alive, round) << describe("helix", in);
+        }
 }
 
 TEST(Schedules, Refusals) {

@@ -49,6 +49,22 @@ def test_ops_of_the_worked_examples(p, m, expected):
     assert run(*flags("helix 2", p, 4, m), "--print", "ops") == expected.lstrip()
 
 
+# By default the last post and the head, P3, run where the last attention of the chunk did and wait for the backward
+# pass: no Y leads to them and no dY comes back.
+SPREAD_HEAD = """
+rank 0  P0.m0<>1 P0.m1<>2 P0.m2 A0.m2<>1 A1.m1<>2 A2.m0 P3.m0 P~3.m0 A~2.m0<>2 A~1.m1<>1 A~0.m2 P~0.m2<>2 P~0.m1<>1 P~0.m0
+rank 1  (recv0) A0.m0 P1.m0<>2 P1.m1<>0 P1.m2 A1.m2<>2 A2.m1 P3.m1 P~3.m1 A~2.m1<>2 A~1.m2 P~1.m2<>0 P~1.m1<>2 P~1.m0 A~0.m0<>0
+rank 2  (recv0) A0.m1<>1 A1.m0 P2.m0<>0 P2.m1<>1 P2.m2 A2.m2 P3.m2 P~3.m2 A~2.m2 P~2.m2<>1 P~2.m1<>0 P~2.m0 A~1.m0<>1 A~0.m1<>0
+"""
+
+
+def test_ops_with_a_spread_head():
+    command = ["--model", "tiny", "--schedule", "helix", "--folds", 1, "--ranks", 3, "--layers", 3, "--chunks", 3]
+    assert run(*command, "--print", "ops") == SPREAD_HEAD.lstrip()
+    on_one_rank = run(*command, "--print", "ops", "--spread-head", "off").splitlines()
+    assert "P3.m0<>1 P3.m1<>2 P3.m2 P~3.m2<>2" in on_one_rank[0] and not any("P3" in line for line in on_one_rank[1:])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # JSON
 
@@ -102,6 +118,30 @@ def test_bytes_of_the_messages(move):
     assert {op["op"]: op["bytes"] for ops in found["ops"] for op in ops if op["kind"] != "compute"} == expected
 
 
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "without-attention", "full"])
+def test_messages_by_default(recompute):
+    """The residual stream alone goes to the attention and its gradient alone comes back, the weights for queries, keys
+    and values once a step with the first chunk. What attention has not kept comes again with dY: D for its output."""
+    N, C, heads, p, L, m = 256, 192, 4, 4, 8, 8
+    found = plan("--model", "tiny", "--schedule", "helix", "--folds", 2, "--ranks", p, "--layers", L, "--chunks", m,
+                 "--recompute", recompute)
+    weights, rows = 4 * (3 * C * C + 3 * C + 2 * C), 4 * N * C
+    again = {"none": 0, "full": rows}.get(recompute, rows + 4 * N * heads)
+    away = L * (p - 1)  # attentions of a layer on other ranks, with F = 2 chunks of the group each
+    expected = {("X", rows + weights): away, ("X", rows): away,
+                ("Y", 2 * rows): (L - 1) * 2 * (p - 1), ("dY", 2 * rows + again): (L - 1) * 2 * (p - 1),
+                ("dX", rows + weights): away, ("dX", rows): away}
+    sends = [op for ops in found["ops"] for op in ops if op["kind"] == "send"]
+    assert Counter((op["op"], op["bytes"]) for op in sends) == expected
+    for name, which in (("X", min), ("dX", max)):  # the weights come first, and their gradients go back last
+        for layer in range(L):
+            for rank in range(p):
+                mine = [op for op in found["ops"][rank] if op["kind"] == ("recv" if name == "X" else "send")
+                        and (op["op"], op["layer"]) == (name, layer)]
+                heavy = [op["batch"] for op in mine if op["bytes"] == rows + weights]
+                assert not mine or heavy == [which(op["batch"] for op in mine)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Times
 
@@ -122,6 +162,8 @@ def test_bubbles_have_their_closed_forms():
     assert two_folds["busiest_bubble_ms"] == pytest.approx(3 * (2 * (p - 2) + 1) * 4)
     recomputed = plan(*flags("helix 1"), "--times", "1,6,3", "--recompute", "without-attention")
     assert recomputed["busiest_bubble_ms"] == pytest.approx(4 * (p - 1) * (pre + post))
+    kept = plan(*flags("1f1b"), "--times", "1,6,3", "--recompute", "elementwise")  # multiplies nothing again
+    assert kept["busiest_bubble_ms"] == pytest.approx(formulas["1f1b"])
     table = run(*flags("1f1b"), "--times", "1,6,3")
     assert "660 ms" in table and "180 ms of the busiest rank, 27.3 %" in table
 

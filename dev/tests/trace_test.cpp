@@ -216,7 +216,8 @@ const Cluster one_flop_a_ms = cluster_of_rate(1e-6);
 
 // Without recomputation the ops of a step add up to the arithmetic of the model, wherever the products for queries,
 // keys and values run, whether a backward is split, and whether a sequence is cut; attention takes five products
-// backward where the model has four. Recomputing adds what is needed of the forward.
+// backward where the model has four. Recomputing adds what is needed of the forward, products to all modes but
+// `elementwise`.
 TEST(Costs, AddUpToTheModel) {
     const GptConfig g{.layers = 6, .channels = 64, .heads = 4, .context = 96, .vocab = 100, .padded_vocab = 128};
     const int m = 4, L = 6;
@@ -227,23 +228,38 @@ TEST(Costs, AddUpToTheModel) {
     const auto costs = [&](const std::vector<ChunkShape>& chunks, const TensorRules& rules) {
         return OpCosts(one_flop_a_ms, sizes_of<BuildTypes>(), g, chunks, rules);
     };
-    for (const std::string name : {"1f1b", "zb-h1", "helix"})
-        for (bool move : {false, true}) {
-            const bool helix = name == "helix", split = name == "zb-h1";
-            if (move && !helix) continue;
-            const OpLists lists = find_schedule(name)->lists({3, L, m});
-            const auto cost = [&](Recompute recompute) {
-                return total(costs(whole, {L, true, recompute, helix, move}), lists);
-            };
-            // The second product of the MLP is needed again for the pre_attention of the same block alone, and where a
-            // split backward does not keep the gradient before GELU.
-            const double hidden = tokens * L * 10 * linear, qkv = tokens * L * 6 * linear;
-            const double second = tokens * 8 * linear * (helix ? L - 1 : split ? L : 0);
-            EXPECT_NEAR(cost(Recompute::none), step, 1e-9 * step) << name;
-            const double again = hidden * (split ? 2 : 1) + second + (helix && !move ? 0 : qkv);
-            EXPECT_NEAR(cost(Recompute::without_attention), step + again, 1e-9 * step) << name << move;
-            EXPECT_NEAR(cost(Recompute::full), step + again + attention, 1e-9 * step) << name << move;
-        }
+    const HelixOptions neither{false, false, false, false};
+    const std::vector<std::pair<std::string, HelixOptions>> cases = {{"1f1b", neither},
+                                                                     {"zb-h1", neither},
+                                                                     {"helix", neither},
+                                                                     {"helix", {true, false, false, false}},
+                                                                     {"helix", {true, true, true, false}},
+                                                                     {"helix", {}}};
+    for (const auto& [name, variant] : cases) {
+        const bool helix = name == "helix";
+        ScheduleInput in{3, L, m};
+        in.spread_head = variant.spread_head;
+        const OpLists lists = find_schedule(name)->lists(in);
+        const auto expect_cost = [&](Recompute recompute, double expected) {
+            EXPECT_NEAR(total(costs(whole, {L, true, recompute, helix, variant}), lists), expected, 1e-9 * step)
+                << name << variant.move_qkv << variant.move_norm << variant.spread_head << " recompute "
+                << recompute_names[int(recompute)];
+        };
+        // A spread post recomputes nothing. The second product of the MLP is needed again for the pre_attention of the
+        // same block alone.
+        const double hidden = tokens * (L - variant.spread_head) * 10 * linear, qkv = tokens * L * 6 * linear;
+        const double second = tokens * 8 * linear * (helix && !variant.move_norm ? L - 1 : 0);
+        const double again = hidden + second + (helix && !variant.move_qkv ? 0 : qkv);
+        expect_cost(Recompute::none, step);
+        expect_cost(Recompute::without_attention, step + again);
+        expect_cost(Recompute::full, step + again + attention);
+        if (!helix || variant.move_norm) expect_cost(Recompute::elementwise, step);
+    }
+
+    // HelixPipe with all its options: nothing is computed twice, or left out.
+    const OpLists lists = find_schedule("helix")->lists({.ranks = 3, .layers = L, .chunks = m, .spread_head = true});
+    const TensorRules rules{L, true, Recompute::none, true, {true, true, true, true}};
+    EXPECT_NEAR(total(costs(whole, rules), lists), step, 1e-9 * step);
 
     // Two sequences of 96 tokens, each in slices of 40, 40 and 16.
     std::vector<ChunkShape> sliced;
@@ -314,7 +330,7 @@ TEST(Costs, Messages) {
     const OpCosts costs(c, element_sizes("bf16"), g, {{N}}, moved);
     Op x{Part::pre, Pass::F, 1, 0, false, Kind::send, 3};
     const Op dx{Part::attention, Pass::B, 1, 0, false, Kind::send, 3};
-    const int64_t rows = 2 * N * C, weights = 3 * C * C + 3 * C;
+    const int64_t rows = 2 * N * C, weights = 3 * C * C + 3 * C + 2 * C;  // and of the LayerNorm
     EXPECT_EQ(costs.message_bytes(x), 2 * rows + 2 * weights);
     EXPECT_EQ(costs.message_bytes(dx), 2 * rows + 4 * weights);
     EXPECT_DOUBLE_EQ(costs.message_ms(x, 0), 1e-3 + double(2 * rows + 2 * weights) / 2 / 1e8);
@@ -332,6 +348,14 @@ TEST(Costs, GivenTimes) {
     EXPECT_EQ(times(op(Part::post, Pass::B, true)), 3);
     EXPECT_EQ(times(op(Part::attention, Pass::B)), 12);
     EXPECT_EQ(times({Part::head, Pass::B, -1, 0}) + times({Part::embed, Pass::B, -1, 0}), 0);
+
+    const OpTimes elementwise{{1, 6, 3}, {.layers = 2, .recompute = Recompute::elementwise}};  // no product again
+    const OpTimes again{{1, 6, 3}, {.layers = 2, .recompute = Recompute::without_attention}};
+    Op post = op(Part::post, Pass::B), attention = op(Part::attention, Pass::B);
+    EXPECT_EQ(elementwise(post) + elementwise(attention), 6 + 12);
+    EXPECT_EQ(again(post) + again(attention), 6 + 3 + 12 + 1);
+    post.keeps = attention.keeps = true;
+    EXPECT_EQ(again(post) + again(attention), 6 + 12);
 }
 
 }  // namespace

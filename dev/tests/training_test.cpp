@@ -132,7 +132,7 @@ TEST(Plan, KeepsWhatTheModeSays) {
     const auto peak = [&](Recompute r) { return plan_pattern(options(r, N), {1}, true).size.live_peak; };
     const auto bytes = [&](std::initializer_list<Tensor> tensors) {
         int64_t sum = 0;
-        for (Tensor tensor : tensors) sum += tensor_bytes(tensor, {N}, g, {});
+        for (Tensor tensor : tensors) sum += tensor_bytes(tensor, {N}, g);
         return sum;
     };
     const int64_t x = bytes({Tensor::residual}), d_x = bytes({Tensor::d_residual});

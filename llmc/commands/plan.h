@@ -151,8 +151,8 @@ inline std::optional<Cluster> planned_cluster(const Config& c, RankOptions& opti
 }
 
 inline PlannedStep planned_step(const Config& c, const RankOptions& options, const std::optional<Cluster>& cluster) {
-    return PlannedStep(options, int(planned_chunks(c)),
-                       cluster ? element_sizes(cluster->precision) : sizes_of<BuildTypes>());
+    const int chunks = int(planned_chunks(c));
+    return cluster ? planned_on(*cluster, options, chunks) : PlannedStep(options, chunks);
 }
 
 // How long the ops and messages of a step take.

@@ -52,7 +52,7 @@ struct Config {
     struct {
         int64_t ranks = 1;
         std::string schedule = "1f1b";
-        int64_t folds = 2, virtual_stages = 0;
+        int64_t folds = 2, virtual_stages = 0, round_chunks = 0, defer_weights = 0;
         std::string qkv_move = "once", norm_move = "on", spread_head = "on";
         int64_t hang_timeout = 600;  // seconds
     } parallel;
@@ -206,15 +206,15 @@ inline const std::vector<Flag>& flag_table() {
          "a loss or gradient is not finite: stop, or skip the update", {.choices = "stop|skip"}},
 
         {"recompute", TRAIN | PLAN | REHEARSE, IN(compute, recompute),
-         "what the backward pass recomputes to save memory", {.choices = "none|elementwise|without-attention|full"}},
+         "what the backward pass recomputes to save memory", {.choices = "none|elementwise|without-attention|full|auto"}},
         {"mlp-chunk", TRAIN | EVAL | PLAN | REHEARSE, IN(compute, mlp_chunk),
          "tokens the MLP works on at once, 0 = the whole chunk", count},
         {"head-chunk", TRAIN | EVAL | PLAN | REHEARSE, IN(compute, head_chunk),
          "tokens whose logits exist at once, 0 = the whole chunk", count},
         {"threads", TRAIN | GENERATE | EVAL | PLAN | REHEARSE | DOCTOR, IN(compute, threads),
          "of each rank, 0 = its share of the cores", {0, 4096}},
-        {"memory", TRAIN | GENERATE | EVAL, IN(compute, memory),
-         "most bytes to use (12GiB works too), 0 = what is available", count},
+        {"memory", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(compute, memory),
+         "most bytes to use (12GiB works too), 0 = what is available; --recompute auto fills it", count},
 
 #ifdef USE_CUDA
         {"deterministic", TRAIN | PLAN | REHEARSE, IN(compute, deterministic), "the same bits every time, also in attention"},
@@ -228,6 +228,10 @@ inline const std::vector<Flag>& flag_table() {
          "who computes what when, with several ranks; auto: the best of those that plan --cluster compares",
          {.choices = "gpipe|1f1b|interleaved|zb-h1|zb-h2|seq1f1b|helix|auto"}},
         {"folds", TRAIN | EVAL | PLAN | REHEARSE, IN(parallel, folds), "helix: chunks handled back to back", {1, 1024}},
+        {"defer-weights", TRAIN | PLAN | REHEARSE, IN(parallel, defer_weights),
+         "gradients of weights of post that wait for idle time, at most so many on a rank; 0 = none", {0, 1 << 20}},
+        {"round-chunks", TRAIN | PLAN | REHEARSE, IN(parallel, round_chunks),
+         "helix: chunks that run forward and then backward before the next ones, 0 = all of a step", {0, 1 << 20}},
         {"virtual-stages", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(parallel, virtual_stages),
          "interleaved: stages a rank, 0 = as many as there are layers for", {0, 10000}},
         {"qkv-move", TRAIN | PLAN | REHEARSE, IN(parallel, qkv_move),

@@ -29,9 +29,11 @@ inline int64_t planned_chunks(const Config& c) {
 }
 
 // "", or why a flag that only `schedule` has cannot be there. In a file it passes: the configuration of a run has all
-// flags, and serves under any schedule. `plan --print memory` shows all schedules.
+// flags, and serves under any schedule. `plan --print memory` shows all schedules,
+// and `auto` compares them.
 inline std::string foreign_flag(const Config& c, const std::string& flag, const std::string& schedule) {
-    const bool all_schedules = c.command == "plan" && c.plan.print == "memory";
+    const bool compares = c.parallel.schedule == "auto" || (!c.plan.cluster.empty() && !c.is_given("schedule"));
+    const bool all_schedules = compares || (c.command == "plan" && c.plan.print == "memory");
     if (!c.typed.count(flag) || c.parallel.schedule == schedule || all_schedules) return "";
     return "only " + schedule + " has --" + flag + "; use --schedule " + schedule + " or leave it out";
 }
@@ -150,6 +152,17 @@ inline const std::vector<Relation>& relation_table() {
                    "--schedule gpipe for slices, or --schedule 1f1b";
         }},
         {TRAIN | EVAL | PLAN, {"folds", "schedule"}, [](const Config& c) { return foreign_flag(c, "folds", "helix"); }},
+        {TRAIN | PLAN | REHEARSE, {"round-chunks", "schedule"}, [](const Config& c) {
+            return foreign_flag(c, "round-chunks", "helix");
+        }},
+        {TRAIN | PLAN, {"norm-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "norm-move", "helix"); }},
+        {TRAIN | EVAL | PLAN, {"spread-head", "schedule"}, [](const Config& c) {
+            return foreign_flag(c, "spread-head", "helix");
+        }},
+        {TRAIN | PLAN | REHEARSE, {"recompute", "memory", "cluster"}, [](const Config& c) -> string {
+            if (c.compute.recompute != "auto" || c.compute.memory || !c.plan.cluster.empty()) return "";
+            return "it keeps what fits into the memory that it is given; use --memory 8GiB";
+        }},
         {TRAIN | PLAN, {"qkv-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "qkv-move", "helix"); }},
         {TRAIN | GENERATE | EVAL | PLAN, {"virtual-stages", "schedule"}, [](const Config& c) {
             return foreign_flag(c, "virtual-stages", "interleaved");

@@ -118,16 +118,14 @@ using PostProducts = PostProductsOf<BuildTypes>;
 using PostActivations = PostActivationsOf<BuildTypes>;
 
 // What a split backward of post_attention leaves for the gradients of its weights: gradients of the layer's output, of
-// the residual stream between attention and MLP, and, unless it is recomputed, of the value before GELU.
+// the residual stream between attention and MLP, and of the value before GELU.
 template <class Types>
 struct PostGradientsOf {
     using X = typename Types::X;
     Matrix<X> d_out, d_middle;  // [N, C]
-    Matrix<X> d_fc;             // [N, 4C], or no rows
-    PostGradientsOf(Allocator& a, int64_t N, const GptConfig& g, bool keep_fc)
-        : d_out(a.take<X>(N, g.channels)),
-          d_middle(a.take<X>(N, g.channels)),
-          d_fc(a.take<X>(keep_fc ? N : 0, 4 * g.channels)) {}
+    Matrix<X> d_fc;             // [N, 4C]
+    PostGradientsOf(Allocator& a, int64_t N, const GptConfig& g)
+        : d_out(a.take<X>(N, g.channels)), d_middle(a.take<X>(N, g.channels)), d_fc(a.take<X>(N, 4 * g.channels)) {}
 };
 using PostGradients = PostGradientsOf<BuildTypes>;
 

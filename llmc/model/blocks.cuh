@@ -165,12 +165,13 @@ inline PostActivations post_rows(const std::optional<PostActivations>& kept, con
     return a;
 }
 
-// The activations of n rows for the backward pass: recomputed as far as they were not kept.
+// The activations of n rows for the backward pass: `a` is recomputed from x where that has rows, else completed from
+// what was kept.
 inline void recompute_post(const BlockContext& ctx, const LayerTensors<floatX>& w,
                            const std::optional<PostActivations>& kept, const PostActivations& a, Matrix<floatX> branch,
                            Matrix<const floatR> x, Matrix<const floatX> o, int64_t begin) {
     const int64_t n = a.residual.rows;
-    if (!kept) {
+    if (x.rows) {
         post_attention_hidden(ctx, w, a, branch, x.row_range(begin, n), o.row_range(begin, n));
     } else if (!kept->has_all()) {
         layernorm_forward(ctx.device, a.ln2, a.mean, a.rstd, a.residual, w.ln2_weight, w.ln2_bias);
@@ -209,7 +210,8 @@ struct NextPre {
     PreGradient gradient;
 };
 
-// With `split`, the gradients of the weights are left to post_attention_backward_weight.
+// With `split`, the gradients of the weights are left to post_attention_backward_weight. x [N, C] where activations are
+// to be recomputed, into `kept` if that is given; no rows where `kept` has them.
 inline void post_attention_backward(BlockContext ctx, const LayerTensors<floatX>& w, const LayerTensors<floatS>& dw,
                                     Matrix<floatR> d_residual, Matrix<floatX> d_attention /*[N, C]*/,
                                     const std::optional<PostActivations>& kept, Matrix<const floatR> x,
@@ -242,8 +244,7 @@ inline void post_attention_backward(BlockContext ctx, const LayerTensors<floatX>
             copy_rows(device, copy.row_range(begin, n), Matrix<const floatR>(d_rows));
             return copy.row_range(begin, n);
         };
-        const bool keep_fc = split && split->d_fc.rows;
-        const Matrix<floatX> d_fc = keep_fc ? split->d_fc.row_range(begin, n) : ws.d_fc.row_range(0, n);
+        const Matrix<floatX> d_fc = split ? split->d_fc.row_range(begin, n) : ws.d_fc.row_range(0, n);
         Matrix<const floatX> d_branch = operand(split ? split->d_out : Matrix<floatX>());
         matmul_backward_input(device, d_fc, d_branch, {w.out_weight, C, 4 * C}, a.fc);
         if (!split) matmul_backward_weight(device, {dw.out_weight, C, 4 * C}, dw.out_bias, d_branch, a.gelu);
@@ -260,21 +261,17 @@ inline void post_attention_backward(BlockContext ctx, const LayerTensors<floatX>
 // The products that a split backward has left out.
 inline void post_attention_backward_weight(BlockContext ctx, const LayerTensors<floatX>& w,
                                            const LayerTensors<floatS>& dw, const PostGradients& d,
-                                           const std::optional<PostActivations>& kept, Matrix<const floatR> x,
-                                           Matrix<const floatX> o) {
+                                           const PostActivations& kept, Matrix<const floatX> o) {
     const int64_t N = o.rows, C = ctx.config.channels;
     const Device& device = ctx.device;
     const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
     for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
         const PostActivations a = post_rows(kept, ws, begin, n);
-        const Matrix<const floatX> o_rows = o.row_range(begin, n), d_out = d.d_out.row_range(begin, n);
-        Matrix<floatX> d_fc = ws.d_fc.row_range(0, n);
-        recompute_post(ctx, w, kept, a, ws.branch.row_range(0, n), x, o, begin);
-        if (d.d_fc.rows) d_fc = d.d_fc.row_range(begin, n);
-        else matmul_backward_input(device, d_fc, d_out, {w.out_weight, C, 4 * C}, a.fc);
-        matmul_backward_weight(device, {dw.out_weight, C, 4 * C}, dw.out_bias, d_out, a.gelu);
-        matmul_backward_weight(device, {dw.fc_weight, 4 * C, C}, dw.fc_bias, d_fc, a.ln2);
-        matmul_backward_weight(device, {dw.proj_weight, C, C}, dw.proj_bias, d.d_middle.row_range(begin, n), o_rows);
+        recompute_post(ctx, w, kept, a, {}, {}, o, begin);
+        matmul_backward_weight(device, {dw.out_weight, C, 4 * C}, dw.out_bias, d.d_out.row_range(begin, n), a.gelu);
+        matmul_backward_weight(device, {dw.fc_weight, 4 * C, C}, dw.fc_bias, d.d_fc.row_range(begin, n), a.ln2);
+        matmul_backward_weight(device, {dw.proj_weight, C, C}, dw.proj_bias, d.d_middle.row_range(begin, n),
+                               o.row_range(begin, n));
     });
 }
 

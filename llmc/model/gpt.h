@@ -24,10 +24,12 @@ enum class Recompute {
     elementwise,        // keeps what products need again, recomputes LayerNorm and GELU: no product runs twice
     without_attention,  // keeps attention output and log-sum-exp, recomputes the rest (HelixPipe)
     full,               // keeps the input of each layer only (and keys and values that later slices need)
+    automatic,          // elementwise as far as memory allows, without_attention beyond (llmc/pipeline/keep.h)
 };
+// Those that are the same for every op.
 inline constexpr Recompute recompute_modes[] = {Recompute::none, Recompute::elementwise, Recompute::without_attention,
                                                 Recompute::full};
-inline constexpr const char* recompute_names[] = {"none", "elementwise", "without-attention", "full"};
+inline constexpr const char* recompute_names[] = {"none", "elementwise", "without-attention", "full", "auto"};
 
 // The five functions a model is cut into. All parameters belong to one of them; attention has none, which is why it may
 // run on any pipeline stage.

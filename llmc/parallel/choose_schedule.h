@@ -22,10 +22,11 @@ inline void choose_schedule(Config& c, Transport& processes) {
     const OpenChoices open{true, false, !c.is_given("folds"), !c.is_given("virtual-stages"), false, false};
     c.parallel.schedule = "1f1b";
     const RankOptions base = rank_options(c, model_of(c), true);
-    const std::vector<RankOptions> layouts = layouts_to_compare(base, open);
+    const std::vector<RankOptions> layouts = layouts_to_compare(base, int(planned_chunks(c)), open);
     const auto take = [](Config& config, const RankOptions& layout) {
         config.parallel.schedule = layout.layout.schedule;
         config.parallel.folds = layout.layout.folds;
+        config.parallel.round_chunks = layout.layout.round_chunks;
         config.parallel.virtual_stages = layout.layout.virtual_stages;
     };
     double chosen = 0;  // one more than the index of its layout

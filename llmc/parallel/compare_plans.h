@@ -29,7 +29,8 @@ struct OpenChoices {
 };
 
 // Every layout to be compared; of interleaved those whose stages are even, and the most stages that there can be.
-inline std::vector<RankOptions> layouts_to_compare(const RankOptions& base, const OpenChoices& open) {
+inline std::vector<RankOptions> layouts_to_compare(const RankOptions& base, int chunks, const OpenChoices& open) {
+    const int p = base.layout.ranks;
     std::vector<RankOptions> all;
     for (const Schedule& schedule : schedules()) {
         if (!open.schedule && schedule.name != base.layout.schedule) continue;
@@ -37,11 +38,10 @@ inline std::vector<RankOptions> layouts_to_compare(const RankOptions& base, cons
         RankOptions o = base;
         o.layout.schedule = schedule.name;
         const auto each_mode = [&] {
-            for (Recompute mode : recompute_modes) {
-                if (!open.recompute && mode != base.recompute) continue;
-                o.recompute = mode;
-                all.push_back(o);
-            }
+            o.recompute = base.recompute;
+            if (!open.recompute) return all.push_back(o);
+            for (Recompute mode : recompute_modes) o.recompute = mode, all.push_back(o);
+            o.recompute = Recompute::automatic, all.push_back(o);
         };
         if (schedule.name == "helix") {
             for (const bool published : {false, true}) {
@@ -51,10 +51,14 @@ inline std::vector<RankOptions> layouts_to_compare(const RankOptions& base, cons
                     if (!open.folds && folds > 1) break;
                     if (open.folds) o.layout.folds = folds;
                     each_mode();
+                    if (published || base.layout.round_chunks) continue;
+                    for (int round = p; round <= 4 * p && round < chunks; round *= 2)
+                        o.layout.round_chunks = round, each_mode();
+                    o.layout.round_chunks = 0;
                 }
             }
         } else if (schedule.name == "interleaved" && open.virtual_stages) {
-            const int p = o.layout.ranks, L = int(o.model.layers), most = int(ceil_div(L, p));
+            const int L = int(o.model.layers), most = int(ceil_div(L, p));
             for (int v = 2; v <= most; ++v)
                 if (L % (p * v) == 0 || v == most) o.layout.virtual_stages = v, each_mode();
         } else {
@@ -73,6 +77,8 @@ inline int64_t longest_context(const Cluster& cluster, const ComparedPlan& plan)
     const PlannedStep& step = *plan.step;
     const bool cut_here = step.options.layout.slices > 1;  // by the schedule
     if (!cut_here && step.options.chunk_tokens != step.options.model.context) return 0;
+    // One that keeps what fits now would keep less of longer sequences, down to one that keeps nothing.
+    if (plan.recompute == Recompute::automatic) return 0;
     const int sequences = int(step.chunks.size()) / step.options.layout.slices;
     const auto bytes_at = [&](int64_t tokens, std::optional<int64_t> activations) {
         RankOptions o = step.options;
@@ -103,7 +109,7 @@ inline ComparedPlan compare_plan(const Cluster& cluster, const RankOptions& opti
     ComparedPlan plan;
     plan.name = options.schedule_name(), plan.recompute = options.recompute;
     try {
-        plan.step.emplace(options, chunks, element_sizes(cluster.precision));
+        plan.step = planned_on(cluster, options, chunks);
     } catch (const Failure& failure) { return plan.refusal = failure.what(), plan; }
     const PlannedStep& step = *plan.step;
     const Timeline timeline = simulate_on(cluster, step);
@@ -131,7 +137,7 @@ inline bool better(const ComparedPlan& a, const ComparedPlan& b) {
 // The best first.
 inline std::vector<ComparedPlan> compare_plans(const Cluster& cluster, const RankOptions& base, int chunks,
                                                const OpenChoices& open) {
-    const std::vector<RankOptions> layouts = layouts_to_compare(base, open);
+    const std::vector<RankOptions> layouts = layouts_to_compare(base, chunks, open);
     std::vector<ComparedPlan> plans(layouts.size());
     std::vector<std::exception_ptr> errors(layouts.size());
 #pragma omp parallel for schedule(dynamic)

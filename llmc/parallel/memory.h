@@ -41,7 +41,8 @@ inline std::string fitting_layout(const Config& c, const std::vector<MemoryPlan>
         return "weights, gradients and moments alone take " + bytes_text(fixed) + ": choose a smaller model";
     const int64_t least_chunk = std::min<int64_t>(128, c.data.chunk_tokens);
     for (int64_t chunk = c.data.chunk_tokens; chunk >= least_chunk; chunk /= 2)
-        for (const char* recompute : recompute_names) {
+        for (const Recompute mode : recompute_modes) {
+            const char* const recompute = recompute_names[int(mode)];
             Config smaller = c;
             smaller.compute.recompute = recompute;
             smaller.data.chunk_tokens = chunk;

@@ -42,8 +42,12 @@ inline RankOptions rank_options(const Config& c, const GptConfig& model, bool tr
          .helix = {parallel.qkv_move != "off", parallel.qkv_move == "once",
                    parallel.qkv_move != "off" && parallel.norm_move == "on", parallel.spread_head == "on"},
          .max_chunks = most,
-         .min_chunks = least},
+         .min_chunks = least,
+         .deferred = int(parallel.defer_weights),
+         .round_chunks = int(parallel.round_chunks)},
         c.launch.ranks > 1 ? c.launch.local_rank : rank};
+    const int64_t sharers = c.launch.ranks > 1 ? c.launch.local_ranks : parallel.ranks;
+    options.memory_limit = c.compute.memory / sharers;
 #ifdef USE_CUDA
     options.deterministic = c.compute.deterministic;
     options.attention_workspace = c.compute.attention_workspace;

@@ -43,12 +43,22 @@ struct PlannedStep {
     std::vector<ChunkShape> chunks;
     OpLists lists;  // proven by lists_of
 
-    explicit PlannedStep(RankOptions o, int count, const ElementSizes& sizes = sizes_of<BuildTypes>())
+    // limit(rank): bytes for the activations of a rank, where recompute `automatic` has to keep what fits.
+    PlannedStep(RankOptions o, int count, const ElementSizes& sizes, const std::function<int64_t(int rank)>& limit)
         : options(std::move(o)), sizes(sizes) {
         chunks = chunks_of_step(options, count);
         input = options.schedule_input(int(chunks.size()), true, chunks[0].store >= 0);
         lists = lists_of(options, chunks, true);
+        for (size_t r = 0; r < lists.size() && options.recompute == Recompute::automatic; ++r)
+            keep_what_fits(lists[r], chunks, options.model, rules(), limit(int(r)), sizes.tensor);
     }
+    // On this machine.
+    PlannedStep(const RankOptions& o, int count)
+        : PlannedStep(o, count, sizes_of<BuildTypes>(), [&](int rank) {
+              RankOptions mine = o;
+              mine.layout.rank = rank;
+              return o.memory_limit - memory_besides_activations(mine).total();
+          }) {}
 
     TensorRules rules() const { return options.tensor_rules(true); }
     Plan plan_of(int rank, int64_t enough = 0) const {
@@ -66,7 +76,7 @@ struct PlannedStep {
     int64_t message_bytes(const Op& op) const {
         int64_t bytes = 0;
         for (const Use& use : message_contents(op, rules()))
-            bytes += sizes.tensor(use.tensor, chunks[size_t(op.chunk)], options.model, rules());
+            bytes += sizes.tensor(use.tensor, chunks[size_t(op.chunk)], options.model);
         return bytes;
     }
 };
@@ -86,4 +96,14 @@ inline DeviceBytes bytes_on(const Cluster& cluster, RankOptions o, const Element
     const int64_t of_parameter = sizes.x + (sizes.x == sizes.s ? 0 : sizes.s) + 3 * sizes.s;
     const int64_t inside = sizes.workspace(o.chunk_tokens, o.model, o.mlp_chunk, o.head_chunk) + rows * sizes.s;
     return {parameters * of_parameter / tp, activations / tp, inside / tp + (tp > 1 ? 2 * rows * sizes.x : 0)};
+}
+
+// A step of so many chunks as this cluster would run it.
+inline PlannedStep planned_on(const Cluster& cluster, const RankOptions& o, int chunks) {
+    const ElementSizes sizes = element_sizes(cluster.precision);
+    RankOptions cut = o;
+    chunks_of_step(cut, chunks);
+    return PlannedStep(o, chunks, sizes, [&](int rank) {
+        return int64_t(1e9 * cluster.memory * cluster.tp) - bytes_on(cluster, cut, sizes, rank, 0).total() * cluster.tp;
+    });
 }

@@ -7,6 +7,9 @@
 #include "llmc/io/machine.h"
 #include "llmc/parallel/op_loop.h"
 #include "llmc/pipeline/check.h"
+#include "llmc/pipeline/costs.h"
+#include "llmc/pipeline/defer.h"
+#include "llmc/pipeline/keep.h"
 #include "llmc/pipeline/schedules/accumulate.h"
 #include "llmc/pipeline/schedules/schedules.h"
 #include "llmc/pipeline/step.h"
@@ -24,9 +27,10 @@ struct Layout {
     int folds = 2;                  // helix
     int virtual_stages = 0;         // interleaved; 0: as many as there are layers for
     HelixOptions helix = {};
-    int round_chunks = 0;                // helix: chunks of a round, 0 = all of the step
     int slices = 1;                      // seq1f1b: chunks that each sequence is cut into
     int max_chunks = 1, min_chunks = 1;  // of a training step
+    int deferred = 0;                    // most gradients of weights of post that wait for idle time
+    int round_chunks = 0;                // helix: chunks of a round, 0 = all of the step
 };
 
 // A parameter that this rank holds and others, too.
@@ -42,7 +46,8 @@ struct RankOptions {
     int threads = 1;
     bool training = true;  // without: weights, and activations of the forward pass
     Layout layout = {};
-    int local_rank = 0;  // among those of its host, which share its GPUs
+    int local_rank = 0;        // among those of its host, which share its GPUs
+    int64_t memory_limit = 0;  // bytes of the rank, for recompute `automatic`
 #ifdef USE_CUDA
     bool cudnn = true;           // where the program has it
     bool deterministic = false;  // the same bits every time; cuDNN's backward pass wants memory for that,
@@ -69,6 +74,7 @@ struct RankOptions {
                      : layout.helix.move_qkv     ? ""
                                                  : ", QKV move off") +
                     (layout.round_chunks ? ", rounds of " + std::to_string(layout.round_chunks) : "");
+        if (layout.deferred) name += ", up to " + std::to_string(layout.deferred) + " weight gradients deferred";
         return name;
     }
     TensorRules tensor_rules(bool training) const;
@@ -135,6 +141,7 @@ inline std::string why_not_cudnn([[maybe_unused]] const RankOptions& o) {
 
 inline TensorRules RankOptions::tensor_rules(bool training) const {
     TensorRules rules{int(model.layers), training, recompute};
+    if (recompute == Recompute::automatic) rules.recompute = Recompute::without_attention;
     rules.apart = layout.ranks > 1 && layout.schedule == "helix";
     if (rules.apart) rules.helix = layout.helix;
     if (why_not_cudnn(*this).empty()) rules.output_sent_again = Tensor::attention_out;
@@ -157,6 +164,15 @@ inline int64_t kernel_scratch_bytes(const RankOptions& o) {
                                  attention_scratch_bytes(o.threads, g.head_size(), int(g.heads), o.chunk_tokens)})));
 }
 
+// By the arithmetic alone, whose rate does not count, and with messages for nothing: the same on every rank.
+inline OpLists with_deferred_weights(const RankOptions& o, const std::vector<ChunkShape>& shapes, const OpLists& lists,
+                                     const ScheduleInput& in) {
+    const OpCosts costs(cluster_of_rate(1), sizes_of<BuildTypes>(), o.model, shapes, o.tensor_rules(true), o.mlp_chunk,
+                        o.head_chunk);
+    return defer_weights(
+        lists, in, costs, [](const Op&, int) { return 0.0; }, o.layout.deferred);
+}
+
 // The lists of all ranks for a step whose cut sequences have so many chunks each (1: a chunk by itself), proven right.
 inline OpLists lists_of(const RankOptions& o, const std::vector<ChunkShape>& shapes, bool training) {
     const int L = int(o.model.layers);
@@ -174,15 +190,39 @@ inline OpLists lists_of(const RankOptions& o, const std::vector<ChunkShape>& sha
                           "and a --qkv-move; take these, or --recompute without-attention");
         lists = schedule.lists(in);
     }
+    if (o.layout.deferred > 0 && training && o.layout.ranks > 1) lists = with_deferred_weights(o, shapes, lists, in);
     if (const std::vector<std::string> problems = check_lists(lists, in); !problems.empty())
         throw std::logic_error("the schedule " + o.layout.schedule + " is wrong: " + problems[0]);
     return lists;
 }
 
+// What a rank takes whatever its schedule is: all kinds but the activations.
+inline MemoryPlan memory_besides_activations(const RankOptions& o) {
+    const int64_t parameters = flat_size(o.parameters());
+    MemoryPlan plan;
+    plan.weights = round_up(parameters * int64_t(sizeof(floatX)), 4096);
+    if (o.training) {
+        if (!std::is_same_v<floatX, floatS>) plan.master = round_up(parameters * int64_t(sizeof(floatS)), 4096);
+        plan.gradients = round_up(parameters * int64_t(sizeof(floatS)), 4096);
+        plan.moments = 2 * plan.gradients;
+    }
+    plan.workspace = round_up(workspace_bytes(o.chunk_tokens, o.model, o.mlp_chunk, o.head_chunk), 4096);
+    plan.scratch = round_up(kernel_scratch_bytes(o), 4096);
+    return plan;
+}
+
+// The plan of the list of o.layout.rank.
+inline Plan plan_list(const RankOptions& o, std::vector<Op> list, std::vector<ChunkShape> shapes, bool training) {
+    const TensorRules rules = o.tensor_rules(training);
+    if (o.recompute == Recompute::automatic)
+        keep_what_fits(list, shapes, o.model, rules, o.memory_limit - memory_besides_activations(o).total());
+    return make_plan(std::move(list), std::move(shapes), o.model, rules);
+}
+
 inline Plan plan_pattern(const RankOptions& o, const std::vector<int>& group_sizes, bool training) {
     std::vector<ChunkShape> shapes = chunk_shapes(group_sizes, o.chunk_tokens, o.model.context);
     std::vector<Op> list = std::move(lists_of(o, shapes, training)[size_t(o.layout.rank)]);
-    return make_plan(std::move(list), std::move(shapes), o.model, o.tensor_rules(training));
+    return plan_list(o, std::move(list), std::move(shapes), training);
 }
 
 // The patterns of chunks (group_sizes) that memory is planned for. One rank is done with a sequence before the next one
@@ -204,21 +244,6 @@ inline std::vector<std::vector<int>> planned_patterns(const RankOptions& o, bool
     return patterns;
 }
 
-// What a rank takes whatever its schedule is: all kinds but the activations.
-inline MemoryPlan memory_besides_activations(const RankOptions& o) {
-    const int64_t parameters = flat_size(o.parameters());
-    MemoryPlan plan;
-    plan.weights = round_up(parameters * int64_t(sizeof(floatX)), 4096);
-    if (o.training) {
-        if (!std::is_same_v<floatX, floatS>) plan.master = round_up(parameters * int64_t(sizeof(floatS)), 4096);
-        plan.gradients = round_up(parameters * int64_t(sizeof(floatS)), 4096);
-        plan.moments = 2 * plan.gradients;
-    }
-    plan.workspace = round_up(workspace_bytes(o.chunk_tokens, o.model, o.mlp_chunk, o.head_chunk), 4096);
-    plan.scratch = round_up(kernel_scratch_bytes(o), 4096);
-    return plan;
-}
-
 // The memory of the ranks that are listed; the rank in the options' layout does not count.
 inline std::vector<MemoryPlan> plan_memory(RankOptions o, std::span<const int> ranks) {
     std::vector<int64_t> activations(ranks.size());
@@ -227,10 +252,11 @@ inline std::vector<MemoryPlan> plan_memory(RankOptions o, std::span<const int> r
             if (training && !o.training) continue;
             const std::vector<ChunkShape> shapes = chunk_shapes(pattern, o.chunk_tokens, o.model.context);
             const OpLists lists = lists_of(o, shapes, training);
-            for (size_t i = 0; i < ranks.size(); ++i)
-                activations[i] =
-                    std::max(activations[i],
-                             make_plan(lists[size_t(ranks[i])], shapes, o.model, o.tensor_rules(training)).size.bytes);
+            for (size_t i = 0; i < ranks.size(); ++i) {
+                o.layout.rank = ranks[i];
+                const Plan plan = plan_list(o, lists[size_t(ranks[i])], shapes, training);
+                activations[i] = std::max(activations[i], plan.size.bytes);
+            }
         }
     std::vector<MemoryPlan> plans;
     for (size_t i = 0; i < ranks.size(); ++i) {

@@ -125,7 +125,7 @@ inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count, in
     // thousandth is not worth another one.
     const int64_t count = std::max<int64_t>(1, int64_t(tensors.size()));
     const int64_t few = count > 1000 ? 2 : std::clamp<int64_t>(8'000 / count, 2, 16),
-                  most = std::clamp<int64_t>(50'000 / count, 2, 1000);
+                  most = std::clamp<int64_t>(20'000 / count, 2, 1000);
     std::vector<size_t> order(tensors.size());
     std::vector<double> place(tensors.size());  // in the order by size, as it changes
     std::iota(order.begin(), order.end(), 0);

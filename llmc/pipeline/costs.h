@@ -14,15 +14,16 @@ struct PartTimes {
 };
 
 // A backward takes twice the forward; B and W of a split one take once each. What is recomputed comes on top, in the op
-// that `uses` has create it.
+// that `uses` has create it; LayerNorm and GELU alone, as `elementwise` recomputes them, take no time.
 struct OpTimes {
     PartTimes forward;
     TensorRules rules;
 
     double operator()(const Op& op) const {
         const PartTimes& t = forward;
-        const bool backward = op.pass == Pass::B, full = rules.recompute == Recompute::full;
-        const bool recomputes = op.pass != Pass::F && rules.recompute != Recompute::none;
+        const Recompute mode = rules.mode(op);
+        const bool backward = op.pass == Pass::B, full = mode == Recompute::full;
+        const bool recomputes = op.pass != Pass::F && mode != Recompute::none && mode != Recompute::elementwise;
         const double block = backward && !op.split ? 2 : 1;
         switch (op.part) {
             case Part::pre:
@@ -31,7 +32,7 @@ struct OpTimes {
                 return (backward ? 2 : 1) * t.attention + (recomputes && full && rules.apart ? t.attention : 0) +
                        (recomputes && !full && !rules.apart ? t.pre : 0);
             case Part::post:
-                return block * t.post + (op.pass != Pass::F && !rules.keeps_post(op.layer) ? t.post : 0) +
+                return block * t.post + (recomputes && !rules.keeps_post(op.layer) ? t.post : 0) +
                        (backward && full && !rules.apart ? t.pre + t.attention : 0);
             default:
                 return 0;
@@ -180,8 +181,6 @@ inline OpWork op_work(const Op& op, const ChunkShape& shape, const ChunkWork& ch
             if (makes(Tensor::delta)) work.bytes += 2 * N * C * x;
             if (makes(Tensor::d_post)) work.bytes += 2 * N * C * (r + x);
         }
-        if (op.pass == Pass::W && !rules.keeps_d_fc())
-            product(fc, mlp_chunk, 1);  // its gradient before GELU was not kept
         // The gradient of the output of a product is gathered for its input already, unless these run apart.
         const int again = op.pass == Pass::W;
         if (op.pass == Pass::W || (op.pass == Pass::B && !op.split)) {
@@ -228,8 +227,7 @@ public:
                 for (bool weights : {false, true}) {
                     op.weights = weights;
                     int64_t& bytes = bytes_[message_index(op)];
-                    for (const Use& use : message_contents(op, rules))
-                        bytes += sizes.tensor(use.tensor, chunks[c], g, rules);
+                    for (const Use& use : message_contents(op, rules)) bytes += sizes.tensor(use.tensor, chunks[c], g);
                 }
                 const bool block = op.pass == Pass::B && (op.part == Part::pre || op.part == Part::post);
                 const auto add = [&] {

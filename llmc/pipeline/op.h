@@ -133,8 +133,6 @@ struct TensorRules {
     bool keeps_post(int layer) const {
         return recompute == Recompute::none || (helix.spread_head && layer == layers - 1);
     }
-    // Whether a split backward of post leaves the gradient before GELU, too, which takes a product.
-    bool keeps_d_fc() const { return recompute == Recompute::none || recompute == Recompute::elementwise; }
 };
 
 enum class Access { create, update, read };
@@ -248,7 +246,10 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 create({Tensor::d_attention});
                 if (again && rules.recompute != Recompute::full && rules.output_sent_again == Tensor::delta)
                     create({Tensor::delta});
-                if (op.split) create({Tensor::d_post});
+                if (op.split) {  // with what has been recomputed, so that no product runs a third time
+                    create({Tensor::d_post});
+                    if (kept_post == Tensor::residual) create({Tensor::post_products});
+                }
                 break;
             case Part::attention:
                 if (move) read_moved(none ? Access::read : Access::create);
@@ -286,7 +287,9 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
         }
     if (op.pass == Pass::W) {
         if (op.part == Part::pre) read({Tensor::d_qkv, Tensor::ln1});
-        if (op.part == Part::post) read({Tensor::d_post, kept_post, Tensor::attention_out});
+        if (op.part == Part::post)
+            read(
+                {Tensor::d_post, kept_post == Tensor::post ? kept_post : Tensor::post_products, Tensor::attention_out});
     }
     return list;
 }

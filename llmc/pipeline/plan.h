@@ -76,7 +76,7 @@ inline int64_t tensor_columns(Tensor tensor, const GptConfig& g) {
 
 // Types: of this build, or of the program that a plan is for.
 template <class Types = BuildTypes>
-int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g, const TensorRules& rules) {
+int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g) {
     const int64_t N = shape.tokens, columns = tensor_columns(tensor, g);
     switch (tensor) {
         case Tensor::residual:
@@ -107,19 +107,19 @@ int64_t tensor_bytes(Tensor tensor, const ChunkShape& shape, const GptConfig& g,
         case Tensor::post_products:
             return bytes_of<PostProductsOf<Types>>(N, g);
         case Tensor::d_post:
-            return bytes_of<PostGradientsOf<Types>>(N, g, rules.keeps_d_fc());
+            return bytes_of<PostGradientsOf<Types>>(N, g);
     }
     throw std::logic_error("tensor of unknown kind");
 }
 
-using TensorBytes = int64_t (*)(Tensor, const ChunkShape&, const GptConfig&, const TensorRules&);
+using TensorBytes = int64_t (*)(Tensor, const ChunkShape&, const GptConfig&);
 
 // The plan for one rank's list. check.h has proven the lists of all ranks; here std::logic_error is thrown when an op
 // reads what no op before it on this rank has made or received.
 //
 // A send reads its tensors until it is complete. A rank knows that when it has waited for a receive of a later batch,
-// since batches are served in order (simulate.h); until then nothing else gets their memory. An arena of at most `enough`
-// bytes need not be any smaller.
+// since batches are served in order (simulate.h); until then nothing else gets their memory. An arena of at most
+// `enough` bytes need not be any smaller.
 inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, const GptConfig& g,
                       const TensorRules& rules, TensorBytes bytes = tensor_bytes<BuildTypes>, int64_t enough = 0) {
     Plan plan{std::move(list), std::move(chunks), rules};
@@ -167,7 +167,7 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
             const auto [place, is_new] = alive.try_emplace(key, plan.tensors.size());
             if (use.access == Access::create) {
                 place->second = plan.tensors.size();
-                plan.tensors.push_back({use.tensor, use.layer, use.owner, {bytes(use.tensor, shape, g, rules), i, i}});
+                plan.tensors.push_back({use.tensor, use.layer, use.owner, {bytes(use.tensor, shape, g), i, i}});
             } else if (is_new) {
                 alive.erase(place);
                 if (use.tensor == Tensor::qkv_weights || use.owner < 0) continue;  // the rank's own
