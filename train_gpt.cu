@@ -778,8 +778,8 @@ int training_loop(Training& run) {
                            .tokens_per_second = double(step.tokens) / seconds,
                            .mfu = step.flops / seconds / (job.peak_gflops * 1e9),
                            .bubble = transport.ranks > 1 ? std::optional(bubble) : std::nullopt,
-                           .planned_ms = job.planned_ms,
-                           .memory_bytes = threads ? used_on_device() : int64_t(resident)};
+                           .memory_bytes = threads ? used_on_device() : int64_t(resident),
+                           .planned_ms = job.planned_ms};
         run.log(run.last_record);
         stop = stop_votes > 0 || run.validation_pending;
         if (number == first_step + 3) note_memory(run);

@@ -125,7 +125,8 @@ TEST(Refusal, ListsAllViolationsAtOnce) {
     EXPECT_CONTAINS(text, "no flag --betta1; the nearest is --beta1");
     EXPECT_CONTAINS(text, "--beta2 1.5 is not in [0, 1); use --beta2 0.95");
     EXPECT_CONTAINS(text, "--warmup 20, --steps 10: the warm-up would not end; use --warmup 1");
-    EXPECT_CONTAINS(text, "--recompute fulll is not in none|elementwise|without-attention|full; use --recompute full");
+    EXPECT_CONTAINS(text,
+                    "--recompute fulll is not in none|elementwise|without-attention|full|auto; use --recompute full");
     EXPECT_CONTAINS(text, "--lr fast is no finite number; use --lr");
 }
 
@@ -316,6 +317,7 @@ TEST(Console, StepLine) {
               "step   12/2000 | loss 3.1235 | norm 1.23 | lr 6.0e-04 | 812 ms | 5043 tok/s | mfu 61.2 % | 1.42 GiB | "
               "eta 1m32s");
     EXPECT_EQ(step_text({.step = 0, .val_loss = 5.5}, 10), "step  0/10 | val loss 5.5000");
+    EXPECT_EQ(step_text({.step = 1, .ms = 200, .planned_ms = 190}, 10), "step  1/10 | 200 ms | plan -5.0 %");
 }
 
 TEST(Console, TablesAndUnits) {

@@ -14,8 +14,9 @@
 struct StepRecord {
     int64_t step = 0;  // 0 is the model before the first update
     std::optional<double> loss = {}, val_loss = {}, grad_norm = {}, lr = {}, ms = {}, tokens_per_second = {}, mfu = {},
-                          bubble = {}, planned_ms = {};  // what the step was planned to take
+                          bubble = {};
     std::optional<int64_t> memory_bytes = {};
+    std::optional<double> planned_ms = {};  // what the step was planned to take
 };
 
 struct MetricKey {
