@@ -125,7 +125,8 @@ TEST(Refusal, ListsAllViolationsAtOnce) {
     EXPECT_CONTAINS(text, "no flag --betta1; the nearest is --beta1");
     EXPECT_CONTAINS(text, "--beta2 1.5 is not in [0, 1); use --beta2 0.95");
     EXPECT_CONTAINS(text, "--warmup 20, --steps 10: the warm-up would not end; use --warmup 1");
-    EXPECT_CONTAINS(text, "--recompute fulll is not in none|elementwise|without-attention|full; use --recompute full");
+    EXPECT_CONTAINS(text,
+                    "--recompute fulll is not in none|elementwise|without-attention|full|auto; use --recompute full");
     EXPECT_CONTAINS(text, "--lr fast is no finite number; use --lr");
 }
 
@@ -311,10 +312,22 @@ TEST(Metrics, ResumeKeepsEveryStepOnce) {
 }
 
 TEST(Console, StepLine) {
-    const StepRecord record{12, 3.12345, {}, 1.234, 6e-4, 812.3, 5043.2, 0.612, {}, int64_t(1.42 * (1 << 30))};
+    StepRecord record{.step = 12,
+                      .loss = 3.12345,
+                      .grad_norm = 1.234,
+                      .lr = 6e-4,
+                      .ms = 812.3,
+                      .tokens_per_second = 5043.2,
+                      .mfu = 0.612,
+                      .memory_bytes = int64_t(1.42 * (1 << 30))};
     EXPECT_EQ(step_text(record, 2000, 92.0),
               "step   12/2000 | loss 3.1235 | norm 1.23 | lr 6.0e-04 | 812 ms | 5043 tok/s | mfu 61.2 % | 1.42 GiB | "
               "eta 1m32s");
+    record.bubble = 0.05, record.planned_ms = 771.7;
+    EXPECT_EQ(
+        step_text(record, 2000),
+        "step   12/2000 | loss 3.1235 | norm 1.23 | lr 6.0e-04 | 812 ms | 5043 tok/s | mfu 61.2 % | bubble 5.0 % | "
+        "plan -5.0 % | 1.42 GiB");
     EXPECT_EQ(step_text({.step = 0, .val_loss = 5.5}, 10), "step  0/10 | val loss 5.5000");
 }
 
