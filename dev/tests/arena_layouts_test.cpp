@@ -149,10 +149,11 @@ Drawn draw(const Schedule& schedule, std::mt19937& generator) {
     Layout layout{.ranks = random(1, 6), .schedule = schedule.name, .folds = random(1, 3)};
     const int move = random(0, 2);
     layout.helix = {move > 0, move > 1, move > 0 && random(0, 1) > 0, random(0, 1) > 0};
-    const bool sliced = (layout.ranks == 1 || schedule.name == "gpipe") && random(0, 1);
+    layout.slices = schedule.name == "seq1f1b" ? random(1, 4) : 1;
+    const bool sliced = layout.ranks == 1 || schedule.name == "gpipe" ? random(0, 1) : layout.slices > 1;
     std::vector<int> groups(size_t(random(1, sliced ? 5 : 16)), 1);
     for (int& size : groups)
-        if (sliced) size = random(1, 4);
+        if (sliced) size = layout.slices > 1 ? layout.slices : random(1, 4);
     layout.max_chunks = std::accumulate(groups.begin(), groups.end(), 0);
     if (schedule.name == "helix" && random(0, 1)) layout.round_chunks = random(1, layout.max_chunks);
     layout.deferred = random(0, 1) * random(1, 8);
@@ -372,6 +373,7 @@ TEST(ArenaLayouts, EveryStepFits) {
         for (int n = 0; n < 30; ++n) {
             Drawn d = draw(schedule, generator);
             if (d.options.layout.ranks > 1) d.group_sizes.assign(d.group_sizes.size(), 1);
+            if (d.options.layout.slices > 1) d.options.layout.slices = 1, d.options.chunk_tokens = 32;
             std::vector<int> ranks(static_cast<size_t>(d.options.layout.ranks));
             std::iota(ranks.begin(), ranks.end(), 0);
             const std::vector<MemoryPlan> planned = plan_memory(d.options, ranks);

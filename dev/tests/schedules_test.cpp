@@ -20,7 +20,8 @@ OpLists lists_of(const std::string& name, const ScheduleInput& in) { return find
 std::string describe(const std::string& name, const ScheduleInput& in) {
     return name + " p=" + std::to_string(in.ranks) + " L=" + std::to_string(in.layers) +
            " m=" + std::to_string(in.chunks) + " F=" + std::to_string(in.folds) +
-           " v=" + std::to_string(in.virtual_stages) + (in.spread_head ? " spread head" : "") +
+           " v=" + std::to_string(in.virtual_stages) + " slices=" + std::to_string(in.slices) +
+           (in.spread_head ? " spread head" : "") +
            (in.round_chunks ? " rounds of " + std::to_string(in.round_chunks) : "") +
            (in.training ? "" : " forward only");
 }
@@ -406,6 +407,7 @@ std::string try_instance(unsigned seed, int number, std::map<std::string, Counts
         ScheduleInput mine = in;
         if (name != "interleaved") mine.virtual_stages = 1;
         mine.spread_head = name == "helix" && random(0, 1) == 1;
+        if (name == "seq1f1b") mine.slices = random(1, 8);
         if (name == "helix" && random(0, 1))  // half of them full groups where the step has these
             mine.round_chunks = even && random(0, 1) ? in.ranks * in.folds : random(1, in.chunks);
         const std::string what = describe(name, mine) + " times " + std::to_string(times.pre) + " " +
@@ -528,6 +530,25 @@ TEST(Schedules, ChunksAlive) {
     EXPECT_EQ(chunks_alive(lists_of("zb-h2", in)), (std::vector<int>{7, 7, 7, 7}));
 }
 
+// Slices of a sequence: forward in order, backward in reverse, and of the next sequence as many alive as make up for
+// the slices that are gone.
+TEST(Schedules, Seq1f1bTakesSlicesInOrder) {
+    ScheduleInput in{3, 3, 8};
+    in.slices = 4;
+    const OpLists lists = lists_of("seq1f1b", in);
+    for (size_t r = 0; r < lists.size(); ++r) {
+        std::string order;
+        for (const Op& op : lists[r])
+            if (op.part == Part::attention && op.kind == Kind::compute)
+                order += (op.pass == Pass::F ? " F" : " B") + std::to_string(op.chunk);
+        const std::array expected = {" F0 F1 F2 F3 F4 F5 B3 F6 B2 F7 B1 B0 B7 B6 B5 B4",
+                                     " F0 F1 F2 F3 F4 B3 F5 B2 F6 B1 F7 B0 B7 B6 B5 B4",
+                                     " F0 F1 F2 F3 B3 F4 B2 F5 B1 F6 B0 F7 B7 B6 B5 B4"};
+        EXPECT_EQ(order, expected[r]);
+    }
+    EXPECT_EQ(chunks_alive(lists), (std::vector<int>{6, 5, 4}));
+}
+
 // A round is a step of so many chunks, and none of its chunks is alive in the next.
 TEST(Helix, Rounds) {
     for (const auto& [p, L, m, F, round] : std::vector<std::array<int, 5>>{
@@ -564,6 +585,10 @@ TEST(Schedules, Refusals) {
     sliced.sliced = true;
     EXPECT_EQ(refused("gpipe", sliced), "");
     EXPECT_NE(refused("zb-h1", sliced).find("--schedule gpipe"), std::string::npos);
+    EXPECT_NE(refused("seq1f1b", sliced).find("--schedule gpipe"), std::string::npos);
+    sliced.slices = 2;
+    EXPECT_EQ(refused("seq1f1b", sliced), "");
+    sliced.slices = 1;
     sliced.ranks = 1;
     EXPECT_EQ(refused("zb-h1", sliced), "");
 }

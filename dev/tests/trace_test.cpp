@@ -264,8 +264,19 @@ TEST(Costs, AddUpToTheModel) {
     // Two sequences of 96 tokens, each in slices of 40, 40 and 16.
     std::vector<ChunkShape> sliced;
     for (int first : {0, 3})
-        for (int i : {0, 1, 2}) sliced.push_back({40, first, 96, i == 0, i == 2});
+        for (int i : {0, 1, 2}) sliced.push_back({40, first, 96, i == 0, i == 2, 40 * i});
     EXPECT_NEAR(total(costs(sliced, {.layers = L}), find_schedule("gpipe")->lists({2, L, 6})), step / 2, 1e-9 * step);
+
+    // Slices of equal work, longer than even ones where they have few keys to see.
+    const std::vector<ChunkShape> balanced = balanced_slices(g, 2, 4);
+    ScheduleInput in{2, L, 8};
+    in.slices = 4;
+    EXPECT_NEAR(total(costs(balanced, {.layers = L}), find_schedule("seq1f1b")->lists(in)), step / 2, 1e-9 * step);
+    EXPECT_GT(balanced[0].tokens, balanced[3].tokens);
+    const auto work = [&](size_t c) {
+        return double(balanced[c].tokens) * 72 * linear + 3.5 * chunk_work(g, balanced, c).attention;
+    };
+    for (size_t c : {1, 2, 3}) EXPECT_NEAR(work(c) / work(0), 1, 0.08) << c;  // 24 tokens a slice: one makes 4 %
 
     // A chunk of several sequences, and of less than one.
     EXPECT_DOUBLE_EQ(costs({{200}}, {.layers = L})({Part::attention, Pass::F, 0, 0}),

@@ -226,7 +226,7 @@ inline const std::vector<Flag>& flag_table() {
          "pipeline ranks, as threads of this process; under mpirun its number of processes", {1, 4096}},
         {"schedule", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(parallel, schedule),
          "who computes what when, with several ranks; auto: the best of those that plan --cluster compares",
-         {.choices = "gpipe|1f1b|interleaved|zb-h1|zb-h2|helix|auto"}},
+         {.choices = "gpipe|1f1b|interleaved|zb-h1|zb-h2|seq1f1b|helix|auto"}},
         {"folds", TRAIN | EVAL | PLAN | REHEARSE, IN(parallel, folds), "helix: chunks handled back to back", {1, 1024}},
         {"defer-weights", TRAIN | PLAN | REHEARSE, IN(parallel, defer_weights),
          "gradients of weights of post that wait for idle time, at most so many on a rank; 0 = none", {0, 1 << 20}},

@@ -146,6 +146,11 @@ inline const std::vector<Relation>& relation_table() {
             return "sequences longer than a chunk are cut into slices, which this schedule cannot run; use --schedule "
                    "gpipe, --ranks 1 or --chunk-tokens " + to_string(c.model.context);
         }},
+        {TRAIN | GENERATE | EVAL, {"schedule"}, [](const Config& c) -> string {
+            if (c.parallel.schedule != "seq1f1b") return "";
+            return "seq1f1b is there for plan and rehearse, with slices of equal work that no data comes in; use "
+                   "--schedule gpipe for slices, or --schedule 1f1b";
+        }},
         {TRAIN | EVAL | PLAN, {"folds", "schedule"}, [](const Config& c) { return foreign_flag(c, "folds", "helix"); }},
         {TRAIN | PLAN | REHEARSE, {"round-chunks", "schedule"}, [](const Config& c) {
             return foreign_flag(c, "round-chunks", "helix");

@@ -25,7 +25,7 @@ inline std::optional<double> planned_step_ms(const Config& c) {
 
 // Sets schedule, folds and virtual stages, and says why. One process chooses for all.
 inline void choose_schedule(Config& c, Transport& processes) {
-    const OpenChoices open{true, false, !c.is_given("folds"), !c.is_given("virtual-stages"), false};
+    const OpenChoices open{true, false, !c.is_given("folds"), !c.is_given("virtual-stages"), false, false};
     c.parallel.schedule = "1f1b";
     const RankOptions base = rank_options(c, model_of(c), true);
     const std::vector<RankOptions> layouts = layouts_to_compare(base, int(planned_chunks(c)), open);

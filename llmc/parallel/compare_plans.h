@@ -24,7 +24,8 @@ struct ComparedPlan {
 // What is left open: flags that the user has set stay as they are.
 struct OpenChoices {
     bool schedule = true, recompute = true, folds = true, virtual_stages = true;
-    bool helix = true;  // as configured, and as published
+    bool helix = true;    // as configured, and as published
+    bool planned = true;  // schedules that do not train, too
 };
 
 // Every layout to be compared; of interleaved those whose stages are even, and the most stages that there can be.
@@ -33,6 +34,7 @@ inline std::vector<RankOptions> layouts_to_compare(const RankOptions& base, int 
     std::vector<RankOptions> all;
     for (const Schedule& schedule : schedules()) {
         if (!open.schedule && schedule.name != base.layout.schedule) continue;
+        if (!open.planned && !schedule.trains) continue;
         RankOptions o = base;
         o.layout.schedule = schedule.name;
         const auto each_mode = [&] {
@@ -73,16 +75,19 @@ inline std::vector<RankOptions> layouts_to_compare(const RankOptions& base, int 
 inline int64_t longest_context(const Cluster& cluster, const ComparedPlan& plan) {
     constexpr int64_t unit = 1024, most = int64_t(1) << 24;
     const PlannedStep& step = *plan.step;
+    const bool cut_here = step.options.layout.slices > 1;  // by the schedule
+    if (!cut_here && step.options.chunk_tokens != step.options.model.context) return 0;
     // One that keeps what fits now would keep less of longer sequences, down to one that keeps nothing.
-    if (step.options.chunk_tokens != step.options.model.context || plan.recompute == Recompute::automatic) return 0;
+    if (plan.recompute == Recompute::automatic) return 0;
+    const int sequences = int(step.chunks.size()) / step.options.layout.slices;
     const auto bytes_at = [&](int64_t tokens, std::optional<int64_t> activations) {
         RankOptions o = step.options;
         o.chunk_tokens = o.model.context = tokens;
+        std::vector<ChunkShape> chunks = chunks_of_step(o, sequences);
         if (!activations)
-            activations = make_plan(step.lists[size_t(plan.largest)],
-                                    chunk_shapes(std::vector<int>(step.chunks.size(), 1), tokens, tokens), o.model,
-                                    step.rules(), step.sizes.tensor)
-                              .size.bytes;
+            activations =
+                make_plan(step.lists[size_t(plan.largest)], std::move(chunks), o.model, step.rules(), step.sizes.tensor)
+                    .size.bytes;
         return bytes_on(cluster, o, step.sizes, plan.largest, *activations);
     };
     const int64_t now = step.options.model.context, twice = 2 * now;
@@ -114,7 +119,7 @@ inline ComparedPlan compare_plan(const Cluster& cluster, const RankOptions& opti
                                               return 0.0;
                                           }).makespan;
     for (int r = 0; r < step.input.ranks; ++r) {
-        const DeviceBytes bytes = bytes_on(cluster, options, step.sizes, r, step.plan_of(r).size.bytes);
+        const DeviceBytes bytes = bytes_on(cluster, step.options, step.sizes, r, step.plan_of(r).size.bytes);
         if (bytes.total() > plan.bytes.total()) plan.bytes = bytes, plan.largest = r;
     }
     if (double(plan.bytes.total()) > 1e9 * cluster.memory)

@@ -13,6 +13,29 @@ struct DeviceBytes {
     int64_t total() const { return model + activations + workspace; }
 };
 
+// The chunks of a step. Seq1F1B cuts each of the `count` ones, a whole sequence, into slices of its own; of a sequence
+// that is longer than a chunk, `count` are the even slices of all.
+inline std::vector<ChunkShape> chunks_of_step(RankOptions& o, int count) {
+    const int64_t N = o.chunk_tokens, T = o.model.context;
+    std::vector<ChunkShape> chunks;
+    if (o.layout.ranks > 1 && o.layout.schedule == "seq1f1b") {
+        constexpr int64_t slices = 8;
+        if (N != T)
+            throw Failure(EXIT_CONFIG, "seq1f1b cuts whole sequences, one a chunk: take chunks of " +
+                                           std::to_string(T) + " tokens, the context, not of " + std::to_string(N));
+        o.layout.slices = int(std::min(slices, T));
+        chunks = balanced_slices(o.model, count, o.layout.slices);
+        o.chunk_tokens = chunks[0].tokens;  // the longest
+    } else {
+        const int cut = int(ceil_div(T, N));
+        std::vector<int> groups(size_t(count / cut), cut);
+        if (count % cut) groups.push_back(count % cut);
+        chunks = chunk_shapes(groups, N, T);
+    }
+    o.layout.max_chunks = int(chunks.size());
+    return chunks;
+}
+
 struct PlannedStep {
     RankOptions options;
     ElementSizes sizes;
@@ -23,12 +46,8 @@ struct PlannedStep {
     // limit(rank): bytes for the activations of a rank, where recompute `automatic` has to keep what fits.
     PlannedStep(RankOptions o, int count, const ElementSizes& sizes, const std::function<int64_t(int rank)>& limit)
         : options(std::move(o)), sizes(sizes) {
-        options.layout.max_chunks = count;
-        const int slices = int(ceil_div(options.model.context, options.chunk_tokens));  // of each sequence
-        std::vector<int> groups(size_t(count / slices), slices);
-        if (count % slices) groups.push_back(count % slices);
-        chunks = chunk_shapes(groups, options.chunk_tokens, options.model.context);
-        input = options.schedule_input(count, true, slices > 1 && count > 1);
+        chunks = chunks_of_step(options, count);
+        input = options.schedule_input(int(chunks.size()), true, chunks[0].store >= 0);
         lists = lists_of(options, chunks, true);
         for (size_t r = 0; r < lists.size() && options.recompute == Recompute::automatic; ++r)
             keep_what_fits(lists[r], chunks, options.model, rules(), limit(int(r)), sizes.tensor);
@@ -42,8 +61,14 @@ struct PlannedStep {
           }) {}
 
     TensorRules rules() const { return options.tensor_rules(true); }
-    Plan plan_of(int rank) const {
-        return make_plan(lists[size_t(rank)], chunks, options.model, rules(), sizes.tensor);
+    Plan plan_of(int rank, int64_t enough = 0) const {
+        return make_plan(lists[size_t(rank)], chunks, options.model, rules(), sizes.tensor, enough);
+    }
+    // Of the rank that needs most.
+    int64_t largest_arena() const {
+        int64_t largest = 0;
+        for (int r = 0; r < input.ranks; ++r) largest = std::max(largest, plan_of(r, largest).size.bytes);
+        return largest;
     }
     OpCosts costs(const Cluster& cluster) const {
         return {cluster, sizes, options.model, chunks, rules(), options.mlp_chunk, options.head_chunk};
@@ -76,8 +101,10 @@ inline DeviceBytes bytes_on(const Cluster& cluster, RankOptions o, const Element
 // A step of so many chunks as this cluster would run it.
 inline PlannedStep planned_on(const Cluster& cluster, const RankOptions& o, int chunks) {
     const ElementSizes sizes = element_sizes(cluster.precision);
+    RankOptions cut = o;
+    chunks_of_step(cut, chunks);
     return PlannedStep(o, chunks, sizes, [&](int rank) {
-        return int64_t(1e9 * cluster.memory * cluster.tp) - bytes_on(cluster, o, sizes, rank, 0).total() * cluster.tp;
+        return int64_t(1e9 * cluster.memory * cluster.tp) - bytes_on(cluster, cut, sizes, rank, 0).total() * cluster.tp;
     });
 }
 

@@ -27,6 +27,7 @@ struct Layout {
     int folds = 2;                  // helix
     int virtual_stages = 0;         // interleaved; 0: as many as there are layers for
     HelixOptions helix = {};
+    int slices = 1;                      // seq1f1b: chunks that each sequence is cut into
     int max_chunks = 1, min_chunks = 1;  // of a training step
     int deferred = 0;                    // most gradients of weights of post that wait for idle time
     int round_chunks = 0;                // helix: chunks of a round, 0 = all of the step
@@ -60,7 +61,8 @@ struct RankOptions {
                       : layout.virtual_stages          ? std::min(layout.virtual_stages, most)
                                                        : most;
         const bool spread_head = layout.ranks > 1 && layout.schedule == "helix" && layout.helix.spread_head;
-        return {layout.ranks, L, chunks, layout.folds, v, training, spread_head, sliced, layout.round_chunks};
+        return {layout.ranks, L,           chunks, layout.folds,        v,
+                training,     spread_head, sliced, layout.round_chunks, layout.slices};
     }
     std::string schedule_name() const {
         std::string name = layout.ranks == 1 ? "accumulate" : layout.schedule;

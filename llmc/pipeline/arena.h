@@ -108,7 +108,8 @@ inline int64_t place_in_order(std::vector<Lifetime>& tensors, const std::vector<
     return end;
 }
 
-inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count) {
+// With at most `enough` bytes it need not be any better.
+inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count, int64_t enough = 0) {
     ArenaSize size;
     std::vector<int64_t> change(size_t(op_count) + 1);
     for (const Lifetime& t : tensors) {
@@ -147,7 +148,8 @@ inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count) {
             tensors = attempt;
             size.bytes = bytes;
         }
-        if (bytes == size.live_peak || (count > 1000 && bytes - size.live_peak <= size.live_peak / 1000)) break;
+        if (bytes <= std::max(enough, size.live_peak)) break;
+        if (count > 1000 && bytes - size.live_peak <= size.live_peak / 1000) break;
         if (n == 1) continue;
         const double step = double(count) * std::fmod(0.618034 * double(n + 1), 1.0);
         for (size_t i = 0; i < attempt.size(); ++i)

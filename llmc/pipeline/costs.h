@@ -95,10 +95,10 @@ inline ChunkWork chunk_work(const GptConfig& g, const std::vector<ChunkShape>& c
         work.attention = double(work.tokens / g.context) * attention_flops(g, 0, g.context) +
                          attention_flops(g, 0, work.tokens % g.context);
     } else {
-        const int64_t begin = (int64_t(c) - shape.store) * shape.tokens;
-        work = {std::min(shape.tokens, shape.store_tokens - begin), 0, 0, true, shape.first_slice, shape.last_slice};
+        work = {
+            std::min(shape.tokens, shape.store_tokens - shape.begin), 0, 0, true, shape.first_slice, shape.last_slice};
         work.longest = work.tokens;
-        work.attention = attention_flops(g, begin, begin + work.tokens);
+        work.attention = attention_flops(g, shape.begin, shape.begin + work.tokens);
     }
     work.attention /= 3 * double(g.layers);  // that was forward and backward of all layers
     return work;

@@ -5,6 +5,7 @@
 // once stays within a limit. What a rank keeps is its own affair: messages are the same.
 #pragma once
 
+#include <limits>
 #include <map>
 
 #include "llmc/pipeline/plan.h"
@@ -32,11 +33,12 @@ inline void keep_what_fits(std::vector<Op>& list, const std::vector<ChunkShape>&
         if (is_new) place->second.first = i, order.push_back(place->first);
         place->second.last = i;
     }
+    for (Op& op : list) op.keeps = false;
+    constexpr int64_t any_arena = std::numeric_limits<int64_t>::max();  // only what is alive counts
+    const std::vector<int64_t> plain = make_plan(list, chunks, g, rules, bytes, any_arena).live_bytes();
     // Gaps between tensors are known only once all are placed: what they take is given up again.
     for (int64_t target = limit; target > 0;) {
-        for (Op& op : list) op.keeps = false;
-        const Plan plain = make_plan(list, chunks, g, rules, bytes);
-        std::vector<int64_t> live = plain.live_bytes();
+        std::vector<int64_t> live = plain;
         std::map<std::tuple<bool, int, int>, bool> keeps;
         for (const auto& part : order) {
             const auto& [post, layer, chunk] = part;
@@ -49,7 +51,7 @@ inline void keep_what_fits(std::vector<Op>& list, const std::vector<ChunkShape>&
             keeps[part] = true;
         }
         for (Op& op : list) op.keeps = counts(op) && keeps.count(part_of(op));
-        const int64_t used = make_plan(list, chunks, g, rules, bytes).size.bytes;
+        const int64_t used = make_plan(list, chunks, g, rules, bytes, limit).size.bytes;
         if (used <= limit || keeps.empty()) return;
         target -= used - limit;
     }

@@ -62,6 +62,7 @@ struct ChunkShape {
     int store = -1;            // chunk of the first slice, -1 when nothing is cut
     int64_t store_tokens = 0;  // rows of the store: length of the cut sequence
     bool first_slice = false, last_slice = false;
+    int64_t begin = 0;  // tokens of the cut sequence before this slice
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -118,9 +118,10 @@ using TensorBytes = int64_t (*)(Tensor, const ChunkShape&, const GptConfig&);
 // reads what no op before it on this rank has made or received.
 //
 // A send reads its tensors until it is complete. A rank knows that when it has waited for a receive of a later batch,
-// since batches are served in order (simulate.h); until then nothing else gets their memory.
+// since batches are served in order (simulate.h); until then nothing else gets their memory. An arena of at most
+// `enough` bytes need not be any smaller.
 inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, const GptConfig& g,
-                      const TensorRules& rules, TensorBytes bytes = tensor_bytes<BuildTypes>) {
+                      const TensorRules& rules, TensorBytes bytes = tensor_bytes<BuildTypes>, int64_t enough = 0) {
     Plan plan{std::move(list), std::move(chunks), rules};
     const Chain chain{rules.layers, rules.training};
     const int count = int(plan.ops.size());
@@ -182,7 +183,7 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
 
     std::vector<Lifetime> lifetimes;
     for (const PlannedTensor& t : plan.tensors) lifetimes.push_back(t.life);
-    plan.size = assign_offsets(lifetimes, count);
+    plan.size = assign_offsets(lifetimes, count, enough);
     for (size_t t = 0; t < lifetimes.size(); ++t) plan.tensors[t].life = lifetimes[t];
     for (size_t i = 0; i < used.size(); ++i)
         for (size_t u = 0; u < used[i].size(); ++u) plan.memory[i][u].offset = lifetimes[used[i][u]].offset;
@@ -198,8 +199,35 @@ inline std::vector<ChunkShape> chunk_shapes(const std::vector<int>& group_sizes,
         const int first = int(shapes.size());
         const int64_t longest = std::min(context, size * chunk_tokens);
         for (int i = 0; i < size; ++i)
-            shapes.push_back(size == 1 ? ChunkShape{chunk_tokens}
-                                       : ChunkShape{chunk_tokens, first, longest, i == 0, i == size - 1});
+            shapes.push_back(size == 1
+                                 ? ChunkShape{chunk_tokens}
+                                 : ChunkShape{chunk_tokens, first, longest, i == 0, i == size - 1, i * chunk_tokens});
     }
+    return shapes;
+}
+
+// So many sequences of g.context tokens, each cut into slices of equal work in the layers: later ones are shorter,
+// since their queries see more keys. At least one token each.
+inline std::vector<ChunkShape> balanced_slices(const GptConfig& g, int sequences, int slices) {
+    const auto work = [&](int64_t tokens) {
+        return 72 * double(g.layers * g.channels * g.channels) * double(tokens) + attention_flops(g, 0, tokens);
+    };
+    std::vector<int64_t> cuts = {0};
+    for (int i = 1; i <= slices; ++i) {
+        int64_t low = cuts.back() + 1;
+        for (int64_t high = g.context - (slices - i); low < high;) {
+            const int64_t middle = (low + high) / 2;
+            if (work(middle) < i * work(g.context) / slices) low = middle + 1;
+            else high = middle;
+        }
+        cuts.push_back(low);
+    }
+    std::vector<ChunkShape> shapes;
+    for (int first = 0; first < sequences * slices; first += slices)
+        for (int i = 0; i < slices; ++i) {
+            const int64_t begin = cuts[size_t(i)], tokens = cuts[size_t(i) + 1] - begin;
+            if (slices == 1) shapes.push_back({tokens});
+            else shapes.push_back({tokens, first, g.context, i == 0, i == slices - 1, begin});
+        }
     return shapes;
 }

@@ -16,6 +16,7 @@ struct ScheduleInput {
     bool spread_head = false;  // helix: the last post and the head run where the last attention did
     bool sliced = false;       // some chunks are slices of one sequence: forward in order, backward in reverse
     int round_chunks = 0;      // helix: chunks that run forward and then backward before the next ones; 0 = all
+    int slices = 1;            // seq1f1b: consecutive chunks that are one sequence
 };
 
 using OpLists = std::vector<std::vector<Op>>;  // [rank][op]
