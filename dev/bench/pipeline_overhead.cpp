@@ -63,7 +63,12 @@ RankOptions options_for(const Workload& work, Recompute recompute, const Pipelin
             256,
             2 / ranks,
             true,
-            {ranks, rank, pipeline.schedule, pipeline.folds, 0, true, work.chunks, work.chunks}};
+            {.ranks = ranks,
+             .rank = rank,
+             .schedule = pipeline.schedule,
+             .folds = pipeline.folds,
+             .max_chunks = work.chunks,
+             .min_chunks = work.chunks}};
 }
 
 void initialize(Rank& rank) {

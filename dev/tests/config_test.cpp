@@ -312,10 +312,22 @@ TEST(Metrics, ResumeKeepsEveryStepOnce) {
 }
 
 TEST(Console, StepLine) {
-    const StepRecord record{12, 3.12345, {}, 1.234, 6e-4, 812.3, 5043.2, 0.612, {}, int64_t(1.42 * (1 << 30))};
+    StepRecord record{.step = 12,
+                      .loss = 3.12345,
+                      .grad_norm = 1.234,
+                      .lr = 6e-4,
+                      .ms = 812.3,
+                      .tokens_per_second = 5043.2,
+                      .mfu = 0.612,
+                      .memory_bytes = int64_t(1.42 * (1 << 30))};
     EXPECT_EQ(step_text(record, 2000, 92.0),
               "step   12/2000 | loss 3.1235 | norm 1.23 | lr 6.0e-04 | 812 ms | 5043 tok/s | mfu 61.2 % | 1.42 GiB | "
               "eta 1m32s");
+    record.bubble = 0.05, record.planned_ms = 771.7;
+    EXPECT_EQ(
+        step_text(record, 2000),
+        "step   12/2000 | loss 3.1235 | norm 1.23 | lr 6.0e-04 | 812 ms | 5043 tok/s | mfu 61.2 % | bubble 5.0 % | "
+        "plan -5.0 % | 1.42 GiB");
     EXPECT_EQ(step_text({.step = 0, .val_loss = 5.5}, 10), "step  0/10 | val loss 5.5000");
     EXPECT_EQ(step_text({.step = 1, .ms = 200, .planned_ms = 190}, 10), "step  1/10 | 200 ms | plan -5.0 %");
 }
