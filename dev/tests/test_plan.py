@@ -204,7 +204,7 @@ def test_memory_of_all_schedules():
     p, m = 4, 8
     text = run(*flags("helix 2", p, 8, m), "--print", "memory", "--context", 16384)
     rows = {line[:60].split("  ")[1].strip(): [float(x) for x in line.split()[-3:]] for line in text.splitlines()[3:]}
-    assert len(rows) == 6 * 4 - 1  # as published, helix cannot recompute as little as `elementwise`
+    assert len(rows) == 7 * 4 - 1  # as published, helix cannot recompute as little as `elementwise`
     for name, (first, last, most) in rows.items():
         assert most >= max(first, last) > 0, name
     # In elements by token, channel, chunk and layer: about 17 where nothing is recomputed, of the chunks alive.
@@ -386,6 +386,16 @@ def test_one_rank_and_slices():
     found = plan(*flags("gpipe", 2, 4, 5), "--chunk-tokens", 128)
     assert found["chunks"] == 5 and len(found["ops"]) == 2
     assert run("--model", "tiny", "--print", "memory").count("accumulate") == 4
+
+
+def test_seq1f1b_cuts_sequences():
+    found, whole = plan(*flags("seq1f1b"), "--times", "1,6,3"), plan(*flags("1f1b"), "--times", "1,6,3")
+    assert (found["chunks"], whole["chunks"]) == (8 * 8, 8)
+    assert found["peak_bytes"][0] < 0.6 * whole["peak_bytes"][0]
+    assert "take chunks of 256 tokens" in run(*flags("seq1f1b"), "--chunk-tokens", 512, check=2)
+    done = subprocess.run([ROOT / "train_gpt", "train", "--schedule", "seq1f1b", "--ranks", "2", "--dry-run"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "use --schedule gpipe for slices" in done.stderr
 
 
 @pytest.mark.parametrize("arguments, words", [
