@@ -570,8 +570,9 @@ struct Job {
     Loader loader;
     std::optional<Loader> val_loader;
     Signals& signals;
-    double peak_gflops;   // of all ranks together
-    int64_t used_before;  // bytes of the device before the ranks begin
+    double peak_gflops;                // of all ranks together
+    std::optional<double> planned_ms;  // of a step, where the machine is described
+    int64_t used_before;               // bytes of the device before the ranks begin
 };
 
 // A run in progress on one rank: where it stands. Rank 0 alone writes the metrics and speaks.
@@ -777,6 +778,7 @@ int training_loop(Training& run) {
                            .tokens_per_second = double(step.tokens) / seconds,
                            .mfu = step.flops / seconds / (job.peak_gflops * 1e9),
                            .bubble = transport.ranks > 1 ? std::optional(bubble) : std::nullopt,
+                           .planned_ms = job.planned_ms,
                            .memory_bytes = threads ? used_on_device() : int64_t(resident)};
         run.log(run.last_record);
         stop = stop_votes > 0 || run.validation_pending;
@@ -947,7 +949,8 @@ int train_command(Config c, Team& team) {
         double peak = 0;  // measured by one process while the others wait
         if (speaks) peak = measure_matrix_peak(threads);
         peak *= double(c.parallel.ranks) / team.local_ranks(int(c.parallel.ranks));
-        job.emplace(c, tokenizer, std::move(loader), std::move(val_loader), *signals, peak, used_on_device());
+        job.emplace(c, tokenizer, std::move(loader), std::move(val_loader), *signals, peak,
+                    speaks ? planned_step_ms(c) : std::nullopt, used_on_device());
     });
     if (dry_run) return 0;
     return team.run(int(c.parallel.ranks), double(c.parallel.hang_timeout),

@@ -310,6 +310,61 @@ TEST(ArenaLayouts, HelixKeepsWhatItsDesignSays) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+// What is kept instead of recomputed stays within its limit, lies where nothing else is needed, and fills what it is
+// given: nothing without memory, all that can be kept with any amount of it.
+TEST(ArenaLayouts, WhatFitsIsKeptWithinTheLimit) {
+    std::mt19937 generator(seed());
+    int limits = 0, more = 0;
+    double filled = 0;
+    for (const Schedule& schedule : schedules())
+        for (int n = 0; n < 10; ++n) {
+            Drawn d = draw(schedule, generator);
+            d.options.recompute = Recompute::without_attention;
+            d.options.layout.helix.move_norm = d.options.layout.helix.move_qkv = true;
+            d.training = true;
+            const std::vector<ChunkShape> shapes =
+                chunk_shapes(d.group_sizes, d.options.chunk_tokens, d.options.model.context);
+            const OpLists lists = lists_of(d.options, shapes, true);
+            const TensorRules rules = d.options.tensor_rules(true);
+            RankOptions elementwise = d.options;
+            elementwise.recompute = Recompute::elementwise;
+            const std::vector<Plan> all_kept = plans_of(elementwise, d.group_sizes, true);
+            for (size_t rank = 0; rank < lists.size(); ++rank) {
+                const auto plan_within = [&](int64_t limit) {
+                    std::vector<Op> list = lists[rank];
+                    keep_what_fits(list, shapes, d.options.model, rules, limit);
+                    return make_plan(std::move(list), shapes, d.options.model, rules);
+                };
+                const auto kept = [](const Plan& plan) {
+                    return std::count_if(plan.ops.begin(), plan.ops.end(), [](const Op& op) { return op.keeps; });
+                };
+                const std::string what = describe(d.options, shapes.size(), true) + " rank " + std::to_string(rank);
+                const int64_t least = plan_within(0).size.bytes, most = all_kept[rank].size.bytes;
+                EXPECT_EQ(kept(plan_within(0)), 0) << what;
+                const Plan whole = plan_within(int64_t(1) << 40);
+                for (const Op& op : whole.ops) {
+                    const bool attention = op.part == Part::attention, post = op.part == Part::post;
+                    if (op.kind != Kind::compute || op.pass != Pass::B || !(attention || post)) continue;
+                    EXPECT_EQ(op.keeps, attention || !rules.keeps_post(op.layer)) << what;
+                }
+                int64_t before = 0;
+                for (const double share : {0.0, 0.2, 0.5, 0.8, 1.0, 2.0}) {
+                    const int64_t limit = least + int64_t(share * double(std::max(most - least, int64_t(64))));
+                    const Plan plan = plan_within(limit);
+                    ASSERT_LE(plan.size.bytes, limit) << what << " share " << share;
+                    ASSERT_EQ(hold_to_account(plan, d.options.model), "") << what << " share " << share;
+                    if (share > 0 && share < 1 && most > least)
+                        ++limits, more += kept(plan) > before, filled += double(plan.size.bytes) / double(limit);
+                    before = kept(plan);
+                }
+            }
+        }
+    std::printf("  %d limits, more is kept than within the one before in %d; filled to %.1f %% on average\n", limits,
+                more, 100 * filled / limits);
+    EXPECT_GT(more, limits / 2);
+    EXPECT_GT(filled / limits, 0.9);
+}
+
 // A step of any number of chunks fits into what was planned, and on one rank with any sequences cut. (Under gpipe the
 // arena may grow where many sequences are cut in an unusual way.)
 TEST(ArenaLayouts, EveryStepFits) {

@@ -111,6 +111,52 @@ TEST(Layouts, AllAxesAgreeWithOneRank) {
     summary.print();
 }
 
+// Memory between what recomputation without attention takes and what the mode elementwise does: some ops keep what
+// products need again, the others recompute it, whatever the other ranks do.
+TEST(Layouts, WhatFitsIsKeptAndAgreesWithOneRank) {
+    Summary summary;
+    int kept = 0, all = 0;  // layers' parts that could keep something
+    for (const Schedule& schedule : schedules())
+        for (const double share : {0.3, 0.7})
+            for (const bool spread : {false, true}) {
+                if (spread && schedule.name != "helix") continue;
+                LayoutCase layout{.schedule = schedule.name,
+                                  .folds = 2,
+                                  .ranks = 3,
+                                  .layers = 5,
+                                  .chunks = 7,
+                                  .helix = {true, true, true, spread},
+                                  .tied = true};
+                const auto most_bytes = [&](Recompute recompute) {  // of a rank
+                    layout.recompute = recompute;
+                    int64_t most = 0;
+                    for (int rank : {0, 1, 2})
+                        most = std::max(most, plan_memory(layout.options(rank, layout.chunks)).total());
+                    return most;
+                };
+                const int64_t least = most_bytes(Recompute::without_attention);
+                const int64_t enough = most_bytes(Recompute::elementwise);
+                EXPECT_GT(enough, least) << layout.text();
+                layout.memory_limit = least + int64_t(share * double(enough - least));
+                EXPECT_LE(most_bytes(Recompute::automatic), layout.memory_limit) << layout.text();
+                int kept_here = 0, all_here = 0;
+                for (int rank : {0, 1, 2}) {
+                    const std::vector<int> groups(size_t(layout.chunks), 1);
+                    const Plan plan = plan_pattern(layout.options(rank, layout.chunks), groups, true);
+                    for (const Op& op : plan.ops)
+                        if (op.pass == Pass::B && (op.part == Part::attention || op.part == Part::post) &&
+                            op.kind == Kind::compute)
+                            kept_here += op.keeps, ++all_here;
+                }
+                EXPECT_GT(kept_here, 0) << layout.text();
+                EXPECT_LT(kept_here, all_here) << layout.text();
+                kept += kept_here, all += all_here;
+                summary.expect_equal(layout);
+            }
+    std::printf("  %d of %d attentions and posts keep what products need again\n", kept, all);
+    summary.print();
+}
+
 TEST(Layouts, SlicedSequencesAgreeWithOneRank) {
     Summary summary;
     for (int p : {2, 3})

@@ -154,6 +154,7 @@ inline std::string comparison_json(const Comparison& comparison, const RankOptio
     return json_text({{"cluster", comparison.cluster.name},
                       {"ranks", base.layout.ranks},
                       {"layers", base.model.layers},
+                      {"channels", base.model.channels},
                       {"chunks", chunks},
                       {"chunk_tokens", base.chunk_tokens},
                       {"context", base.model.context},

@@ -14,7 +14,7 @@
 struct StepRecord {
     int64_t step = 0;  // 0 is the model before the first update
     std::optional<double> loss = {}, val_loss = {}, grad_norm = {}, lr = {}, ms = {}, tokens_per_second = {}, mfu = {},
-                          bubble = {};
+                          bubble = {}, planned_ms = {};  // what the step was planned to take
     std::optional<int64_t> memory_bytes = {};
 };
 
@@ -32,6 +32,7 @@ inline constexpr MetricKey metric_keys[] = {
     {"tokens_per_second", &StepRecord::tokens_per_second},
     {"mfu", &StepRecord::mfu},
     {"bubble", &StepRecord::bubble},
+    {"planned_ms", &StepRecord::planned_ms},
 };
 
 inline std::string json_line(const StepRecord& record) {

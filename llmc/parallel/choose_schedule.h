@@ -5,16 +5,22 @@
 #include "llmc/parallel/compare_plans.h"
 #include "llmc/parallel/memory.h"
 
-// What the simulation is made with: --cluster, or dev/clusters/this-cpu.toml where `doctor --calibrate` has written it,
-// or the arithmetic alone, whose rate does not change the order. Training has one device a rank.
-inline Cluster cluster_of_this_run(const Config& c) {
-    Cluster cluster = cluster_of_rate(1000);
-    cluster.name = "the arithmetic alone (no dev/clusters/this-cpu.toml: train_gpt doctor --calibrate writes it)";
-    if (!c.plan.cluster.empty()) cluster = read_cluster(c.plan.cluster);
-    else if (path_exists(clusters_directory() / "this-cpu.toml")) cluster = read_cluster("this-cpu");
+// The machine that a run is on, if there is a description: --cluster, or dev/clusters/this-cpu.toml where `doctor
+// --calibrate` has written it. Training has one device a rank.
+inline std::optional<Cluster> cluster_of_this_run(const Config& c) {
+    if (c.plan.cluster.empty() && !path_exists(clusters_directory() / "this-cpu.toml")) return std::nullopt;
+    Cluster cluster = read_cluster(c.plan.cluster.empty() ? "this-cpu" : c.plan.cluster);
     cluster.tp = 1;
     cluster.memory = INFINITY;  // what is available here decides
     return cluster;
+}
+
+// How long a step of a run is planned to take, in ms; nothing without a description. Steps of documents differ.
+inline std::optional<double> planned_step_ms(const Config& c) {
+    const std::optional<Cluster> cluster = cluster_of_this_run(c);
+    if (!cluster || c.data.packing == "documents") return std::nullopt;
+    const RankOptions options = rank_options(c, model_of(c), true);
+    return training_step_ms(*cluster, PlannedStep(options, options.layout.max_chunks));
 }
 
 // Sets schedule, folds and virtual stages, and says why. One process chooses for all.
@@ -33,7 +39,10 @@ inline void choose_schedule(Config& c, Transport& processes) {
     std::string why;
     processes.together([&] {
         if (processes.rank != 0) return;
-        const Cluster cluster = cluster_of_this_run(c);
+        Cluster cluster = cluster_of_rate(1000);  // the arithmetic alone: the rate does not change the order
+        cluster.name = "the arithmetic alone (no dev/clusters/this-cpu.toml: train_gpt doctor --calibrate writes it)";
+        if (const std::optional<Cluster> known = cluster_of_this_run(c)) cluster = *known;
+        cluster.memory = INFINITY;
         const int64_t available = c.compute.memory ? c.compute.memory : available_on_device();
         const std::vector<ComparedPlan> plans = compare_plans(cluster, base, int(planned_chunks(c)), open);
         std::string times;  // of steps, relative to the shortest

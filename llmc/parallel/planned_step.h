@@ -57,7 +57,7 @@ struct PlannedStep {
         : PlannedStep(o, count, sizes_of<BuildTypes>(), [&](int rank) {
               RankOptions mine = o;
               mine.layout.rank = rank;
-              return o.memory_limit - memory_besides_activations(mine).total();
+              return activation_limit(mine);
           }) {}
 
     TensorRules rules() const { return options.tensor_rules(true); }
@@ -106,4 +106,21 @@ inline PlannedStep planned_on(const Cluster& cluster, const RankOptions& o, int 
     return PlannedStep(o, chunks, sizes, [&](int rank) {
         return int64_t(1e9 * cluster.memory * cluster.tp) - bytes_on(cluster, cut, sizes, rank, 0).total() * cluster.tp;
     });
+}
+
+// A whole training step in ms: its ops, the sums of gradients that several ranks hold, and the optimizer, which reads
+// and writes 36 bytes a parameter: gradient (cleared, normed, read), master weight and two moments.
+inline double training_step_ms(const Cluster& cluster, const PlannedStep& step) {
+    double slowest = 0;
+    for (int r = 0; r < step.input.ranks; ++r) {
+        RankOptions o = step.options;
+        o.layout.rank = r;
+        double shared = 0;  // bytes that leave the rank
+        for (const SharedParameter& p : o.shared_parameters())
+            shared += 2.0 * double(p.size) * 4 * double(p.holders.size() - 1) / double(p.holders.size());
+        const double optimizer = 36.0 * double(flat_size(o.parameters())) / (1e6 * cluster.memory_bandwidth);
+        const LinkSpeed& link = cluster.link(0, step.input.ranks - 1);
+        slowest = std::max(slowest, (optimizer + shared / (1e6 * link.bandwidth)) / cluster.tp);
+    }
+    return simulate_on(cluster, step).makespan + slowest;
 }

@@ -211,11 +211,15 @@ inline MemoryPlan memory_besides_activations(const RankOptions& o) {
     return plan;
 }
 
+// What the memory limit leaves for activations, whole pages as MemoryPlan has them.
+inline int64_t activation_limit(const RankOptions& o) {
+    return (o.memory_limit - memory_besides_activations(o).total()) / 4096 * 4096;
+}
+
 // The plan of the list of o.layout.rank.
 inline Plan plan_list(const RankOptions& o, std::vector<Op> list, std::vector<ChunkShape> shapes, bool training) {
     const TensorRules rules = o.tensor_rules(training);
-    if (o.recompute == Recompute::automatic)
-        keep_what_fits(list, shapes, o.model, rules, o.memory_limit - memory_besides_activations(o).total());
+    if (o.recompute == Recompute::automatic) keep_what_fits(list, shapes, o.model, rules, activation_limit(o));
     return make_plan(std::move(list), std::move(shapes), o.model, rules);
 }
 
