@@ -45,6 +45,8 @@ struct Outcome {
     double ms = INFINITY, without_head = INFINITY;  // the second: the same plan, the head for nothing
     double gb = 0;                                  // of a device of the rank that needs most
     double busiest = 0;                             // ms of the busiest rank
+    RankOptions options = {};                       // with what is planned again, to be rehearsed
+    double limit = 0;
 
     bool fits(double limit) const { return gb <= limit; }
 };
@@ -90,6 +92,7 @@ struct Entrant {
         for (Recompute mode : tried) {
             step.options.recompute = mode;
             modes.push_back(outcome_of(cluster, step, this->name, recompute_names[int(mode)]));
+            modes.back().options = options, modes.back().options.recompute = mode;
         }
     }
     Outcome keeping(const Cluster& cluster, double limit) const {
@@ -102,7 +105,9 @@ struct Entrant {
                 if (op.kind == Kind::compute && op.pass == Pass::B &&
                     (op.part == Part::post || op.part == Part::attention))
                     ++all, kept += op.keeps;
-        return outcome_of(cluster, step, name, printed("keeps %d/%d", kept, all));
+        Outcome outcome = outcome_of(cluster, step, name, printed("keeps %d/%d", kept, all));
+        outcome.options = o, outcome.limit = limit;
+        return outcome;
     }
     const Outcome& in(Recompute mode) const {
         return *std::find_if(modes.begin(), modes.end(),
@@ -492,6 +497,46 @@ void print_goals(const std::vector<Goal>& goals) {
     print_rows("Goals", rows);
 }
 
+// The median of three steps, rehearsed by threads of this machine in some seconds each, in ms of the plan.
+double rehearsed_ms(const Cluster& cluster, const Outcome& o, int m) {
+    constexpr double seconds = 6;
+    const PlannedStep step = planned(cluster, o.options, m, o.limit);
+    const OpCosts costs = step.costs(cluster);
+    const double scale = 1e3 * seconds / o.ms;
+    Team team{Launch{}};
+    const auto steps = rehearse_on(
+        team, step, [&](const Op& op) { return scale * costs(op); },
+        [&](const Op& send, int rank) { return scale * costs.message_ms(send, rank); }, 1e3 * seconds, 60, 3);
+    std::vector<double> ms;
+    for (const auto& events : steps) ms.push_back(step_times(events).step / scale);
+    std::sort(ms.begin(), ms.end());
+    return ms[1];
+}
+
+void print_rehearsal(const Cluster& cluster, const std::vector<Result>& results) {
+    std::vector<std::vector<std::string>> rows = {{"case", "schedule", "mode", "simulated s", "measured s",
+                                                   "measured / simulated", "its time over ours, measured"}};
+    for (const Result& r : results) {
+        const double ours = rehearsed_ms(cluster, r.fast.ours, r.at.m);
+        const auto add = [&](const std::string& point, const Outcome& o) {
+            const double ms = &o == &r.fast.ours ? ours : rehearsed_ms(cluster, o, r.at.m);
+            rows.push_back({r.at.name(), point + o.name, o.mode, seconds_text(o.ms), seconds_text(ms),
+                            ratio_text(ms / o.ms), ratio_text(ms / ours)});
+        };
+        add("fast: ", r.fast.ours);
+        add("lean: ", r.lean.ours);
+        add("", r.published[1]);
+        add("", r.one_f_one_b);
+        add("", r.zb1p);
+        add("fast: ", r.fast.best());
+        add("lean: ", r.lean.best());
+        add("fast: ", r.fast.seq1f1b);
+    }
+    print_rows(
+        "Rehearsed on this machine: real loop, transport and order of messages, timed sleeps; medians of three steps",
+        rows);
+}
+
 void print_json_row(const std::string& name, const std::string& metric, double ours, double reference,
                     const std::string& reference_name, double bound) {
     std::printf("%s\n", json_text({{"case", name},
@@ -533,10 +578,11 @@ void print_json(const Result& r) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 int main(int argc, char** argv) {
-    bool json = false;
+    bool json = false, rehearse = false;
     for (int i = 1; i < argc; ++i) {
         if (!std::strcmp(argv[i], "--json")) json = true;
-        else return std::fprintf(stderr, "helixpipe_paper [--json]\n"), EXIT_CONFIG;
+        else if (!std::strcmp(argv[i], "--rehearse")) rehearse = true;
+        else return std::fprintf(stderr, "helixpipe_paper [--json] [--rehearse]\n"), EXIT_CONFIG;
     }
     const double start = seconds_now();
     const Cluster cluster = read_cluster("h20x64");
@@ -596,5 +642,6 @@ int main(int argc, char** argv) {
     print_lower_bounds(shown);
     goals.push_back({"seconds that all of this took", seconds_now() - start, 60, true});
     print_goals(goals);
+    if (rehearse) print_rehearsal(cluster, {main_case, few});
     return 0;
 }

@@ -370,10 +370,9 @@ TEST(ArenaLayouts, WhatFitsIsKeptWithinTheLimit) {
 TEST(ArenaLayouts, EveryStepFits) {
     std::mt19937 generator(seed());
     for (const Schedule& schedule : schedules())
-        for (int n = 0; n < 30; ++n) {
+        for (int n = 0; n < 30 && schedule.trains; ++n) {
             Drawn d = draw(schedule, generator);
             if (d.options.layout.ranks > 1) d.group_sizes.assign(d.group_sizes.size(), 1);
-            if (d.options.layout.slices > 1) d.options.layout.slices = 1, d.options.chunk_tokens = 32;
             std::vector<int> ranks(static_cast<size_t>(d.options.layout.ranks));
             std::iota(ranks.begin(), ranks.end(), 0);
             const std::vector<MemoryPlan> planned = plan_memory(d.options, ranks);

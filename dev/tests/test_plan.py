@@ -389,6 +389,16 @@ def test_one_rank_and_slices():
     assert run("--model", "tiny", "--print", "memory").count("accumulate") == 4
 
 
+def test_seq1f1b_cuts_sequences():
+    found, whole = plan(*flags("seq1f1b"), "--times", "1,6,3"), plan(*flags("1f1b"), "--times", "1,6,3")
+    assert (found["chunks"], whole["chunks"]) == (8 * 8, 8)
+    assert found["peak_bytes"][0] < 0.6 * whole["peak_bytes"][0]
+    assert "take chunks of 256 tokens" in run(*flags("seq1f1b"), "--chunk-tokens", 512, check=2)
+    done = subprocess.run([ROOT / "train_gpt", "train", "--schedule", "seq1f1b", "--ranks", "2", "--dry-run"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "use --schedule gpipe for slices" in done.stderr
+
+
 @pytest.mark.parametrize("arguments, words", [
     *[(["--times", times], "--times 1,4,3") for times in
       ("1,2", "1,2,3,4", "1,2,3,", ",1,2", "1,x,3", "-1,2,3", "0,0,0", "nan,1,1", "1,inf,1", "1;2;3", "1,2,3ms")],

@@ -49,7 +49,7 @@ def check_against_plan(measured, planned):
 
 
 @pytest.mark.parametrize("p", [2, 4, 8])
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "helix 1", "helix 2"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "seq1f1b", "helix 1", "helix 2"])
 def test_every_schedule(schedule, p):
     shape = flags(schedule, p, "--times", "1,2,1")
     measured, planned = call("rehearse", *shape, "--repeats", 3, "--time-scale", 0.5), call("plan", *shape)

@@ -85,6 +85,35 @@ std::string durations_text(const OpLists& lists, const OpMs& op_ms) {
            (mean < 1 ? "; with so short ones the machine's own delays tell, a larger --time-scale helps" : "");
 }
 
+// The events of some steps, [step][rank], in ms: all ranks are run, rank 0 has what they did. Times in ms, as they take
+// here; `longest` is that of a step.
+inline std::vector<std::vector<std::vector<TraceEvent>>> rehearse_on(
+    Team& team, const PlannedStep& step, const std::function<double(const Op&)>& op_ms,
+    const std::function<double(const Op& send, int rank)>& message_ms, double longest, double hang_timeout,
+    int64_t repeats) {
+    const int p = step.input.ranks;
+    const auto ms = [&](Op op, int rank) {  // of op of a rank's list; a receive takes as long as its send
+        if (op.kind == Kind::compute) return op_ms(op);
+        if (op.kind == Kind::receive) std::swap(op.peer, rank);
+        return message_ms(op, rank);
+    };
+    std::vector<std::vector<std::vector<TraceEvent>>> steps;
+    const double patience = std::max(10.0, 2e-3 * longest);  // s; no op and no message takes as long
+    EmulatedLinks links(p);
+    team.run(p, std::max(hang_timeout, patience), [&](Transport& transport) {
+        transport.progress.busy_with("start-up");
+        transport.progress.least_limit = patience;
+        const Plan plan = step.plan_of(transport.rank);
+        std::vector<double> seconds;
+        for (const Op& op : plan.ops) seconds.push_back(1e-3 * ms(op, transport.rank));
+        RehearsingRank rank(transport, plan, std::move(seconds), team.launch.ranks > 1 ? nullptr : &links);
+        auto measured = rehearse(rank, transport, repeats);
+        if (transport.rank == 0) steps = std::move(measured);
+        return 0;
+    });
+    return steps;
+}
+
 // `options` are those that training would have.
 inline int rehearse_command(const Config& c, RankOptions options, Team& team) {
     const std::optional<Cluster> cluster = planned_cluster(c, options);
@@ -98,27 +127,10 @@ inline int rehearse_command(const Config& c, RankOptions options, Team& team) {
     const double scale = c.rehearse.time_scale;
     const auto op_ms = [&](const Op& op) { return scale * times.op_ms(op); };
     const auto message_ms = [&](const Op& send, int rank) { return scale * times.message_ms(send, rank); };
-    const auto ms = [&](Op op, int rank) {  // of op of a rank's list; a receive takes as long as its send
-        if (op.kind == Kind::compute) return op_ms(op);
-        if (op.kind == Kind::receive) std::swap(op.peer, rank);
-        return message_ms(op, rank);
-    };
     const Timeline timeline = simulate(step.lists, step.input, op_ms, message_ms);
 
-    std::vector<std::vector<std::vector<TraceEvent>>> steps;
-    const double patience = std::max(10.0, 2e-3 * timeline.makespan);  // s; no op and no message takes as long
-    EmulatedLinks links(p);
-    team.run(p, std::max(double(c.parallel.hang_timeout), patience), [&](Transport& transport) {
-        transport.progress.busy_with("start-up");
-        transport.progress.least_limit = patience;
-        const Plan plan = step.plan_of(transport.rank);
-        std::vector<double> seconds;
-        for (const Op& op : plan.ops) seconds.push_back(1e-3 * ms(op, transport.rank));
-        RehearsingRank rank(transport, plan, std::move(seconds), team.launch.ranks > 1 ? nullptr : &links);
-        auto measured = rehearse(rank, transport, c.rehearse.repeats);
-        if (transport.rank == 0) steps = std::move(measured);
-        return 0;
-    });
+    std::vector<std::vector<std::vector<TraceEvent>>> steps = rehearse_on(
+        team, step, op_ms, message_ms, timeline.makespan, double(c.parallel.hang_timeout), c.rehearse.repeats);
 
     team.processes().together([&] {
         if (!team.speaks()) return;
