@@ -373,11 +373,15 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
 // pieces that fit into the activations, which nobody needs between steps.
 void sum_shared_gradients(Rank& rank) {
     floatS* const received = reinterpret_cast<floatS*>(rank.activations);
+    const auto exchange = [&](const std::vector<Transfer>& transfers) {
+        const auto before = rank.transport.progress.meet();  // waits for all holders
+        rank.transport.wait(0, rank.transport.post(transfers) + int64_t(transfers.size()));
+        rank.transport.progress.resume(before);
+    };
     for (const SharedParameter& shared : rank.shared) {
         const std::vector<int>& holders = shared.holders;
         const int count = int(holders.size());
-        // All take the same pieces, though their arenas differ: a chunk of one layer fits into each.
-        const int64_t part = ceil_div(rank.options.chunk_tokens * rank.options.model.channels, count);
+        const int64_t part = rank.options.shared_part(count);  // plan_memory has room for what comes of it
         for (int64_t begin = 0; begin < shared.size; begin += count * part) {
             std::vector<Transfer> sums, results;
             Matrix<floatS> mine;
@@ -399,10 +403,10 @@ void sum_shared_gradients(Rank& rank) {
                 add(results, true, peer, mine.data, mine.cols);
                 add(results, false, peer, part_of(n).data, part_of(n).cols);
             }
-            rank.transport.wait(0, rank.transport.post(sums) + int64_t(sums.size()));
+            exchange(sums);
             for (int n = 0; n < others; ++n)
                 add_rows(rank.device, mine, Matrix<floatS>(received + n * part, 1, mine.cols));
-            rank.transport.wait(0, rank.transport.post(results) + int64_t(results.size()));
+            exchange(results);
         }
     }
 }
@@ -634,7 +638,8 @@ std::vector<std::string> changed_settings(const std::string& before, const std::
     };
     for_each_setting(before, [&](const std::string& name, const std::string& value) { values[name] = value; });
     for_each_setting(after, [&](const std::string& name, const std::string& value) {
-        if (values[name] != value && name != "resume" && name != "stop-after" && name != "run-dir")
+        if (values.count(name) && values[name] != value && name != "resume" && name != "stop-after" &&
+            name != "run-dir")
             changes.push_back(name + " has changed from " + values[name] + " to " + value);
     });
     return changes;
@@ -861,6 +866,7 @@ int verify_layout(Training& run) {
     if (run.rank.index == 0) {
         RankOptions options = run.rank.options;
         options.layout = {};
+        if (options.recompute == Recompute::automatic) options.recompute = Recompute::without_attention;
         alone.reset(new Training{run.job, Rank(options, nobody), {}});
         start_weights(*alone);
     }
@@ -930,6 +936,7 @@ int train_command(Config c, Team& team) {
         if (c.run.verify_layout) {  // rank 0 has the whole model
             Config single = c;
             single.parallel.ranks = 1;
+            if (single.compute.recompute == "auto") single.compute.recompute = "without-attention";
             besides = plan_memory(rank_options(single, model_of(c), true)).total();
         }
         check_memory(c, plans, besides, [&](int64_t available) { return fitting_layout(c, plans, available); });

@@ -79,6 +79,22 @@ TEST(Layouts, RoundsAgreeWithOneRank) {
     summary.print();
 }
 
+// Ranks that run nothing hold copies of what a spread head needs.
+TEST(Layouts, RanksWithoutWorkAgreeWithOneRank) {
+    Summary summary;
+    for (int chunks : {1, 2})
+        for (const bool tied : {false, true})
+            for (const HelixOptions& helix : helix_variants())
+                summary.expect_equal({.schedule = "helix",
+                                      .folds = 2,
+                                      .ranks = 7,
+                                      .layers = 2,
+                                      .chunks = chunks,
+                                      .helix = helix,
+                                      .tied = tied});
+    summary.print();
+}
+
 TEST(Layouts, DeferredWeightGradientsAgreeWithOneRank) {
     Summary summary;
     for (const Schedule& schedule : schedules())

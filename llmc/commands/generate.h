@@ -157,6 +157,7 @@ inline int32_t sample_token(const std::vector<floatX>& values /*[V]*/, double te
 inline RankOptions decoder_options(const ModelFile& file, int rank) {
     RankOptions options = file.options(rank);
     options.head_chunk = 1;
+    options.layout.helix.spread_head = false;  // one token at a time has one head
 #ifdef USE_CUDA
     options.cudnn = false;  // its plans are for many queries
 #endif

@@ -238,7 +238,7 @@ inline const std::vector<Flag>& flag_table() {
          "helix: send weights for queries, keys and values, not the products: once a step, with every chunk, or off",
          {.choices = "once|on|off"}},
         {"norm-move", TRAIN | PLAN | REHEARSE, IN(parallel, norm_move),
-         "helix: the LayerNorm before them runs with the attention, too, which halves what is kept",
+         "helix: the LayerNorm before them runs with the attention, too; half as much is kept where products are recomputed",
          {.choices = "on|off"}},
         {"spread-head", TRAIN | EVAL | PLAN | REHEARSE, IN(parallel, spread_head),
          "helix: every rank runs the last post and the head for the chunks whose last attention it ran",

@@ -68,7 +68,7 @@ inline std::string step_text(const StepRecord& record, int64_t steps, std::optio
     if (record.tokens_per_second) text += format(" | %.0f tok/s", *record.tokens_per_second);
     if (record.mfu) text += format(" | mfu %.1f %%", 100 * *record.mfu);
     if (record.bubble) text += format(" | bubble %.1f %%", 100 * *record.bubble);
-    if (record.planned_ms && record.ms) text += format(" | plan %+.1f %%", 100 * (*record.planned_ms / *record.ms - 1));
+    if (record.planned_ms && record.ms) text += format(" | plan %+.1f %%", 100 * (*record.ms / *record.planned_ms - 1));
     if (record.memory_bytes) text += " | " + bytes_text(*record.memory_bytes);
     if (eta_seconds) text += " | eta " + duration_text(*eta_seconds);
     return text;

@@ -151,20 +151,28 @@ inline const std::vector<Relation>& relation_table() {
             return "seq1f1b is there for plan and rehearse, with slices of equal work that no data comes in; use "
                    "--schedule gpipe for slices, or --schedule 1f1b";
         }},
-        {TRAIN | EVAL | PLAN, {"folds", "schedule"}, [](const Config& c) { return foreign_flag(c, "folds", "helix"); }},
+        {TRAIN | EVAL | PLAN | REHEARSE, {"folds", "schedule"}, [](const Config& c) { return foreign_flag(c, "folds", "helix"); }},
         {TRAIN | PLAN | REHEARSE, {"round-chunks", "schedule"}, [](const Config& c) {
             return foreign_flag(c, "round-chunks", "helix");
         }},
-        {TRAIN | PLAN, {"norm-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "norm-move", "helix"); }},
-        {TRAIN | EVAL | PLAN, {"spread-head", "schedule"}, [](const Config& c) {
+        {TRAIN | PLAN | REHEARSE, {"norm-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "norm-move", "helix"); }},
+        {TRAIN | EVAL | PLAN | REHEARSE, {"spread-head", "schedule"}, [](const Config& c) {
             return foreign_flag(c, "spread-head", "helix");
         }},
+        {TRAIN | PLAN | REHEARSE, {"recompute", "schedule", "qkv-move", "norm-move"}, [](const Config& c) -> string {
+            const bool moves = c.parallel.qkv_move != "off" && c.parallel.norm_move == "on";
+            const bool helix = c.parallel.schedule == "helix" && c.parallel.ranks > 1;
+            if (c.compute.recompute != "elementwise" || !helix || moves) return "";
+            return "helix recomputes as little as that only with both moves; use --recompute without-attention, or "
+                   "--qkv-move once --norm-move on";
+        }},
         {TRAIN | PLAN | REHEARSE, {"recompute", "memory", "cluster"}, [](const Config& c) -> string {
-            if (c.compute.recompute != "auto" || c.compute.memory || !c.plan.cluster.empty()) return "";
+            const bool planned = c.command != "train" && !c.plan.cluster.empty();  // for its memory
+            if (c.compute.recompute != "auto" || c.compute.memory || planned) return "";
             return "it keeps what fits into the memory that it is given; use --memory 8GiB";
         }},
-        {TRAIN | PLAN, {"qkv-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "qkv-move", "helix"); }},
-        {TRAIN | GENERATE | EVAL | PLAN, {"virtual-stages", "schedule"}, [](const Config& c) {
+        {TRAIN | PLAN | REHEARSE, {"qkv-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "qkv-move", "helix"); }},
+        {TRAIN | GENERATE | EVAL | PLAN | REHEARSE, {"virtual-stages", "schedule"}, [](const Config& c) {
             return foreign_flag(c, "virtual-stages", "interleaved");
         }},
         {TRAIN, {"verify-layout", "ranks"}, [](const Config& c) -> string {

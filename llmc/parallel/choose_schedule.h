@@ -6,12 +6,20 @@
 #include "llmc/parallel/memory.h"
 
 // The machine that a run is on, if there is a description: --cluster, or dev/clusters/this-cpu.toml where `doctor
-// --calibrate` has written it. Training has one device a rank.
+// --calibrate` has written it for this kind of program. Nobody has asked for that one: if it cannot be read, the run
+// goes on without. Training has one device a rank, and what is available here decides about memory.
 inline std::optional<Cluster> cluster_of_this_run(const Config& c) {
-    if (c.plan.cluster.empty() && !path_exists(clusters_directory() / "this-cpu.toml")) return std::nullopt;
-    Cluster cluster = read_cluster(c.plan.cluster.empty() ? "this-cpu" : c.plan.cluster);
-    cluster.tp = 1;
-    cluster.memory = INFINITY;  // what is available here decides
+    std::optional<Cluster> cluster;
+    if (!c.plan.cluster.empty()) cluster = read_cluster(c.plan.cluster);
+#ifndef USE_CUDA
+    else if (path_exists(clusters_directory() / "this-cpu.toml")) try {
+            cluster = read_cluster("this-cpu");
+            if (cluster->precision != (std::is_same_v<floatX, bf16> ? "bf16-fp32" : "fp32")) cluster.reset();
+        } catch (const Failure& failure) {
+            std::fprintf(stderr, "train_gpt: goes on without a description of this machine: %s\n", failure.what());
+        }
+#endif
+    if (cluster) cluster->tp = 1, cluster->memory = INFINITY;
     return cluster;
 }
 
@@ -20,12 +28,13 @@ inline std::optional<double> planned_step_ms(const Config& c) {
     const std::optional<Cluster> cluster = cluster_of_this_run(c);
     if (!cluster || c.data.packing == "documents") return std::nullopt;
     const RankOptions options = rank_options(c, model_of(c), true);
-    return training_step_ms(*cluster, PlannedStep(options, options.layout.max_chunks));
+    const PlannedStep step(options, options.layout.max_chunks);
+    return simulate_on(*cluster, step).makespan + update_ms(*cluster, step);
 }
 
 // Sets schedule, folds and virtual stages, and says why. One process chooses for all.
 inline void choose_schedule(Config& c, Transport& processes) {
-    const OpenChoices open{true, false, !c.is_given("folds"), !c.is_given("virtual-stages"), false, false};
+    const OpenChoices open{true, false, !c.typed.count("folds"), !c.typed.count("virtual-stages"), false, false};
     c.parallel.schedule = "1f1b";
     const RankOptions base = rank_options(c, model_of(c), true);
     const std::vector<RankOptions> layouts = layouts_to_compare(base, int(planned_chunks(c)), open);
@@ -42,8 +51,8 @@ inline void choose_schedule(Config& c, Transport& processes) {
         Cluster cluster = cluster_of_rate(1000);  // the arithmetic alone: the rate does not change the order
         cluster.name = "the arithmetic alone (no dev/clusters/this-cpu.toml: train_gpt doctor --calibrate writes it)";
         if (const std::optional<Cluster> known = cluster_of_this_run(c)) cluster = *known;
-        cluster.memory = INFINITY;
         const int64_t available = c.compute.memory ? c.compute.memory : available_on_device();
+        cluster.memory = base.memory_limit ? 1e-9 * double(base.memory_limit) : INFINITY;
         const std::vector<ComparedPlan> plans = compare_plans(cluster, base, int(planned_chunks(c)), open);
         std::string times;  // of steps, relative to the shortest
         for (const ComparedPlan& plan : plans) {

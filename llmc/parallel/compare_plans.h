@@ -113,7 +113,7 @@ inline ComparedPlan compare_plan(const Cluster& cluster, const RankOptions& opti
     } catch (const Failure& failure) { return plan.refusal = failure.what(), plan; }
     const PlannedStep& step = *plan.step;
     const Timeline timeline = simulate_on(cluster, step);
-    plan.step_ms = timeline.makespan;
+    plan.step_ms = timeline.makespan + update_ms(cluster, step);
     plan.bubble = timeline.mean_bubble() / timeline.makespan;
     plan.exposed_ms = timeline.makespan - simulate(step.lists, step.input, step.costs(cluster), [](const Op&, int) {
                                               return 0.0;

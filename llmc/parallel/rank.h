@@ -69,12 +69,10 @@ struct RankOptions {
         if (name == "interleaved")
             name += ", virtual stages " + std::to_string(schedule_input(1, true, false).virtual_stages);
         if (name == "helix")
-            name += ", folds " + std::to_string(layout.folds) +
-                    (layout.helix.as_published() ? ", as published"
-                     : layout.helix.move_qkv     ? ""
-                                                 : ", QKV move off") +
+            name += ", folds " + std::to_string(layout.folds) + helix_text(layout.helix) +
                     (layout.round_chunks ? ", rounds of " + std::to_string(layout.round_chunks) : "");
-        if (layout.deferred) name += ", up to " + std::to_string(layout.deferred) + " weight gradients deferred";
+        if (layout.deferred && layout.ranks > 1)
+            name += ", up to " + std::to_string(layout.deferred) + " weight gradients deferred";
         return name;
     }
     TensorRules tensor_rules(bool training) const;
@@ -87,8 +85,7 @@ struct RankOptions {
     // Whether a rank runs a part on some chunk, of a step with more chunks if need be. Attention has no parameters.
     bool runs(Part part, int layer, int rank) const {
         const bool spread = schedule_input(1, true, false).spread_head;
-        const bool last = part == Part::head || (part == Part::post && layer == int(model.layers) - 1);
-        return (spread && last) || owner(part, layer) == rank;
+        return (spread && in_last_block(part, layer, int(model.layers))) || owner(part, layer) == rank;
     }
     bool holds(const Parameter& p, int rank) const {
         return runs(p.part, p.layer, rank) || (model.tied && p.index == 0 && runs(Part::head, -1, rank));
@@ -98,6 +95,9 @@ struct RankOptions {
             model, [&](Part part, int layer) { return runs(part, layer, layout.rank); },
             [&](Part part, int layer) { return owner(part, layer) == layout.rank; });
     }
+    // Elements of a gradient that each of so many ranks adds up at a time: what it receives for that from the others is
+    // about a chunk of one layer.
+    int64_t shared_part(int holders) const { return round_up(ceil_div(chunk_tokens * model.channels, holders), 64); }
     std::vector<SharedParameter> shared_parameters() const {
         std::vector<SharedParameter> shared;
         std::vector<Parameter> held = parameters();
@@ -266,7 +266,11 @@ inline std::vector<MemoryPlan> plan_memory(RankOptions o, std::span<const int> r
     for (size_t i = 0; i < ranks.size(); ++i) {
         o.layout.rank = ranks[i];
         plans.push_back(memory_besides_activations(o));
-        plans.back().activations = round_up(activations[i], 4096);
+        int64_t received = 0;  // by sums of shared gradients, which take place in the arena
+        if (o.training)
+            for (const SharedParameter& p : o.shared_parameters())
+                received = std::max(received, int64_t(p.holders.size() - 1) * o.shared_part(int(p.holders.size())));
+        plans.back().activations = round_up(std::max(activations[i], received * int64_t(sizeof(floatS))), 4096);
     }
     return plans;
 }
@@ -285,7 +289,7 @@ struct Rank : OpLoop {
 #endif
     Device device;  // with this rank's scratch
 
-    floatX* weights = nullptr;    // flat buffers, in the order of parameter_table
+    floatX* weights = nullptr;    // flat buffers, in the order of `parameters`
     floatS* master = nullptr;     // equals weights when floatX is floatS; null without training
     floatS* gradients = nullptr;  // null without training, like the moments
     floatS *m = nullptr, *v = nullptr;

@@ -63,8 +63,7 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
         Place& place = places[index(op)];
         if (place.rank >= 0) return problem(r, op, "is listed twice, first on " + rank_name(place.rank));
         place = {r, i};
-        const bool spread =
-            in.spread_head && (op.part == Part::head || (op.part == Part::post && op.layer == in.layers - 1));
+        const bool spread = in.spread_head && in_last_block(op.part, op.layer, in.layers);
         if (message || op.part == Part::attention || spread) return;
         const int position = chain.position(op);
         int& owner = home[size_t(std::min(position, 2 * chain.head() - position))];

@@ -229,6 +229,7 @@ public:
                     int64_t& bytes = bytes_[message_index(op)];
                     for (const Use& use : message_contents(op, rules)) bytes += sizes.tensor(use.tensor, chunks[c], g);
                 }
+                op.weights = false;
                 const bool block = op.pass == Pass::B && (op.part == Part::pre || op.part == Part::post);
                 const auto add = [&] {
                     times_[index(op)] = ms(op_work(op, chunks[c], chunk, g, rules, sizes, cluster_.matrix_efficiency,

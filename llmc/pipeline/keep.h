@@ -53,6 +53,6 @@ inline void keep_what_fits(std::vector<Op>& list, const std::vector<ChunkShape>&
         for (Op& op : list) op.keeps = counts(op) && keeps.count(part_of(op));
         const int64_t used = make_plan(list, chunks, g, rules, bytes, limit).size.bytes;
         if (used <= limit || keeps.empty()) return;
-        target -= used - limit;
+        target = std::min(target, *std::max_element(live.begin(), live.end())) - (used - limit);
     }
 }

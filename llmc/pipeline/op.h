@@ -110,6 +110,19 @@ struct HelixOptions {
     bool as_published() const { return move_qkv && !weights_once && !move_norm && !spread_head; }
 };
 
+// What is not as it is by default.
+inline std::string helix_text(const HelixOptions& helix) {
+    if (helix.as_published()) return ", as published";
+    std::string text = helix.move_qkv ? helix.weights_once ? "" : ", weights with every chunk" : ", QKV move off";
+    if (helix.move_qkv && !helix.move_norm) text += ", norm move off";
+    return text + (helix.spread_head ? "" : ", spread head off");
+}
+
+// Whether a spread head takes the part along: it is the last post or the head.
+inline bool in_last_block(Part part, int layer, int layers) {
+    return part == Part::head || (part == Part::post && layer == layers - 1);
+}
+
 // What decides, besides the op itself, which tensors it takes.
 struct TensorRules {
     int layers = 1;
@@ -131,7 +144,7 @@ struct TensorRules {
     }
     // Whether the forward of post leaves all that its backward needs.
     bool keeps_post(int layer) const {
-        return recompute == Recompute::none || (helix.spread_head && layer == layers - 1);
+        return recompute == Recompute::none || (helix.spread_head && in_last_block(Part::post, layer, layers));
     }
 };
 

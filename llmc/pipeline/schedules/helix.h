@@ -57,8 +57,7 @@ inline int helix_chunk(const ScheduleInput& in, HelixPlace at) {
 
 // Which rank holds and runs a part.
 inline int helix_owner(const ScheduleInput& in, Part part, int layer, int chunk) {
-    if (in.spread_head && (part == Part::head || (part == Part::post && layer == in.layers - 1)))
-        part = Part::attention, layer = in.layers - 1;
+    if (in.spread_head && in_last_block(part, layer, in.layers)) part = Part::attention, layer = in.layers - 1;
     if (part == Part::attention) {
         const HelixRound round = helix_round(in, chunk);
         return (layer + helix_place(round.in, chunk - round.first).offset + 1) % in.ranks;
