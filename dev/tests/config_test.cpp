@@ -327,7 +327,7 @@ TEST(Console, StepLine) {
     EXPECT_EQ(
         step_text(record, 2000),
         "step   12/2000 | loss 3.1235 | norm 1.23 | lr 6.0e-04 | 812 ms | 5043 tok/s | mfu 61.2 % | bubble 5.0 % | "
-        "plan -5.0 % | 1.42 GiB");
+        "plan +5.3 % | 1.42 GiB");
     EXPECT_EQ(step_text({.step = 0, .val_loss = 5.5}, 10), "step  0/10 | val loss 5.5000");
     EXPECT_EQ(step_text({.step = 1, .ms = 209, .planned_ms = 190}, 10), "step  1/10 | 209 ms | plan +10.0 %");
 }

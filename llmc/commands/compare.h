@@ -139,6 +139,7 @@ inline std::string comparison_json(const Comparison& comparison, const RankOptio
                         {"tokens_per_second", worth.tokens_per_second},
                         {"bubble", plan.bubble},
                         {"exposed_ms", plan.exposed_ms},
+                        {"update_ms", plan.update_ms},
                         {"mfu", worth.mfu},
                         {"largest_rank", plan.largest},
                         {"bytes",

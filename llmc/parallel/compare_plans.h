@@ -12,11 +12,11 @@ struct ComparedPlan {
     Recompute recompute = Recompute::none;
     std::string refusal;  // why it cannot run, or does not fit; empty if it does
     std::optional<PlannedStep> step;
-    double step_ms = 0, exposed_ms = 0;  // exposed: what messages add to the step
-    double bubble = 0;                   // mean over ranks of 1 - busy / step
-    int largest = 0;                     // rank
-    DeviceBytes bytes;                   // of its devices
-    int64_t longest_context = 0;         // in tokens, 0: not known
+    double step_ms = 0, exposed_ms = 0, update_ms = 0;  // exposed: what messages add to the step; update: of the step
+    double bubble = 0;                                  // mean over ranks of 1 - busy / step
+    int largest = 0;                                    // rank
+    DeviceBytes bytes;                                  // of its devices
+    int64_t longest_context = 0;                        // in tokens, 0: not known
 
     bool fits() const { return refusal.empty(); }
 };
@@ -113,7 +113,8 @@ inline ComparedPlan compare_plan(const Cluster& cluster, const RankOptions& opti
     } catch (const Failure& failure) { return plan.refusal = failure.what(), plan; }
     const PlannedStep& step = *plan.step;
     const Timeline timeline = simulate_on(cluster, step);
-    plan.step_ms = timeline.makespan + update_ms(cluster, step);
+    plan.update_ms = update_ms(cluster, step);
+    plan.step_ms = timeline.makespan + plan.update_ms;
     plan.bubble = timeline.mean_bubble() / timeline.makespan;
     plan.exposed_ms = timeline.makespan - simulate(step.lists, step.input, step.costs(cluster), [](const Op&, int) {
                                               return 0.0;
