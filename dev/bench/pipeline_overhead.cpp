@@ -56,19 +56,21 @@ Batch random_batch(const Workload& work) {
 }
 
 RankOptions options_for(const Workload& work, Recompute recompute, const Pipeline& pipeline, int ranks, int rank) {
-    return {work.model,
-            recompute,
-            work.chunk_tokens,
-            0,
-            256,
-            2 / ranks,
-            true,
-            {.ranks = ranks,
-             .rank = rank,
-             .schedule = pipeline.schedule,
-             .folds = pipeline.folds,
-             .max_chunks = work.chunks,
-             .min_chunks = work.chunks}};
+    RankOptions options{work.model,
+                        recompute,
+                        work.chunk_tokens,
+                        0,
+                        256,
+                        2 / ranks,
+                        true,
+                        {.ranks = ranks,
+                         .rank = rank,
+                         .schedule = pipeline.schedule,
+                         .folds = pipeline.folds,
+                         .max_chunks = work.chunks,
+                         .min_chunks = work.chunks}};
+    options.layout.helix.spread_head = spreading_pays(options);  // as training does
+    return options;
 }
 
 void initialize(Rank& rank) {

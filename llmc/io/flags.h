@@ -53,7 +53,7 @@ struct Config {
         int64_t ranks = 1;
         std::string schedule = "1f1b";
         int64_t folds = 2, virtual_stages = 0, round_chunks = 0, defer_weights = 0;
-        std::string qkv_move = "once", norm_move = "on", spread_head = "on";
+        std::string qkv_move = "once", norm_move = "on", spread_head = "auto";
         int64_t hang_timeout = 600;  // seconds
     } parallel;
     struct {
@@ -241,8 +241,9 @@ inline const std::vector<Flag>& flag_table() {
          "helix: the LayerNorm before them runs with the attention, too; half as much is kept where products are recomputed",
          {.choices = "on|off"}},
         {"spread-head", TRAIN | EVAL | PLAN | REHEARSE, IN(parallel, spread_head),
-         "helix: every rank runs the last post and the head for the chunks whose last attention it ran",
-         {.choices = "on|off"}},
+         "helix: every rank runs the last post and the head for the chunks whose last attention it ran; auto: if that is "
+         "faster by the arithmetic",
+         {.choices = "auto|on|off"}},
         {"hang-timeout", TRAIN | GENERATE | EVAL | REHEARSE, IN(parallel, hang_timeout),
          "seconds after which a rank that does not go on is given up, before op times are known", {1, 1 << 30}},
 

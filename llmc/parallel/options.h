@@ -23,6 +23,21 @@ inline int64_t most_chunks(const Config& c) {
     return (N < T ? 2 * B / N : std::min(2 * B / N, B / (N - T + 1))) + 1;
 }
 
+// Whether a step of helix is shorter by the arithmetic with the last post and the head spread over the ranks: they run
+// at once and leave no ramp, but one rank has a block less than the others then.
+inline bool spreading_pays(RankOptions o) {
+    if (o.layout.schedule != "helix" || o.layout.ranks == 1) return true;
+    const int chunks = std::clamp(o.layout.max_chunks, 1, 256);
+    const auto step_time = [&](bool spread) {
+        o.layout.helix.spread_head = spread;
+        const ScheduleInput in = o.schedule_input(chunks, true, false);
+        const OpCosts costs(cluster_of_rate(1), sizes_of<BuildTypes>(), o.model,
+                            std::vector<ChunkShape>(size_t(chunks), {o.chunk_tokens}), o.tensor_rules(true));
+        return simulate(helix_schedule(in), in, costs, [](const Op&, int) { return 0.0; }).makespan;
+    };
+    return step_time(true) < step_time(false);
+}
+
 inline RankOptions rank_options(const Config& c, const GptConfig& model, bool training, int rank = 0) {
     const auto& parallel = c.parallel;
     const int most = int(most_chunks(c)), least = c.data.packing == "contiguous" ? most : 1;
@@ -40,7 +55,7 @@ inline RankOptions rank_options(const Config& c, const GptConfig& model, bool tr
          .folds = int(parallel.folds),
          .virtual_stages = int(parallel.virtual_stages),
          .helix = {parallel.qkv_move != "off", parallel.qkv_move == "once",
-                   parallel.qkv_move != "off" && parallel.norm_move == "on", parallel.spread_head == "on"},
+                   parallel.qkv_move != "off" && parallel.norm_move == "on", parallel.spread_head != "off"},
          .max_chunks = most,
          .min_chunks = least,
          .deferred = int(parallel.defer_weights),
@@ -52,5 +67,6 @@ inline RankOptions rank_options(const Config& c, const GptConfig& model, bool tr
     options.deterministic = c.compute.deterministic;
     options.attention_workspace = c.compute.attention_workspace;
 #endif
+    if (parallel.spread_head == "auto") options.layout.helix.spread_head = spreading_pays(options);
     return options;
 }
