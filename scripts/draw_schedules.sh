@@ -15,5 +15,5 @@ draw() {  # file, flags...
 draw 1f1b.svg --schedule 1f1b
 draw zb-h1.svg --schedule zb-h1
 draw interleaved.svg --schedule interleaved
-draw helix-1.svg --schedule helix --folds 1
-draw helix-2.svg --schedule helix --folds 2
+draw helix-1.svg --schedule helix --folds 1 --spread-head on
+draw helix-2.svg --schedule helix --folds 2 --spread-head on
