@@ -255,20 +255,7 @@ struct Change {
 };
 
 std::vector<Change> changes_of_rates(const Contest& contest) {
-    using Rate = double& (*)(Cluster&);
-    static const std::vector<std::pair<const char*, Rate>> rates = {
-        {"matrix products", [](Cluster& c) -> double& { return c.matrix_tflops; }},
-        {"attention forward", [](Cluster& c) -> double& { return c.attention_forward_tflops; }},
-        {"attention backward", [](Cluster& c) -> double& { return c.attention_backward_tflops; }},
-        {"memory bandwidth", [](Cluster& c) -> double& { return c.memory_bandwidth; }},
-        {"links inside nodes", [](Cluster& c) -> double& { return c.inside.bandwidth; }},
-        {"links between nodes", [](Cluster& c) -> double& { return c.between.bandwidth; }}};
-    std::vector<std::pair<std::string, Cluster>> changed;
-    for (const auto& [name, rate] : rates)
-        for (double factor : {0.8, 1.2}) {
-            changed.emplace_back(printed("%s x %.1f", name, factor), contest.cluster);
-            rate(changed.back().second) *= factor;
-        }
+    std::vector<std::pair<std::string, Cluster>> changed = with_other_rates(contest.cluster);
     for (double bandwidth : {12.5, 25.0, 50.0}) {
         changed.emplace_back(printed("links of %.4g GB/s", bandwidth), contest.cluster);
         changed.back().second.between.bandwidth = bandwidth;

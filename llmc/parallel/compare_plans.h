@@ -172,28 +172,18 @@ struct RateChange {
 };
 
 inline std::vector<RateChange> changed_rates(const Cluster& cluster, const std::vector<const ComparedPlan*>& plans) {
-    static const std::pair<const char*, double& (*)(Cluster&)> rates[] = {
-        {"matrix products", [](Cluster& c) -> double& { return c.matrix_tflops; }},
-        {"attention forward", [](Cluster& c) -> double& { return c.attention_forward_tflops; }},
-        {"attention backward", [](Cluster& c) -> double& { return c.attention_backward_tflops; }},
-        {"memory bandwidth", [](Cluster& c) -> double& { return c.memory_bandwidth; }},
-        {"links inside nodes", [](Cluster& c) -> double& { return c.inside.bandwidth; }},
-        {"links between nodes", [](Cluster& c) -> double& { return c.between.bandwidth; }}};
     std::vector<RateChange> changes;
-    for (const auto& [name, rate] : rates)
-        for (double factor : {0.8, 1.2}) {
-            Cluster changed = cluster;
-            rate(changed) *= factor;
-            std::vector<double> times(plans.size());
+    for (const auto& [what, changed] : with_other_rates(cluster)) {
+        std::vector<double> times(plans.size());
 #pragma omp parallel for schedule(dynamic)
-            for (size_t i = 0; i < plans.size(); ++i) times[i] = simulate_on(changed, *plans[i]->step).makespan;
-            RateChange change{format("%s x %.1f", name, factor), {}};
-            change.order.resize(plans.size());
-            std::iota(change.order.begin(), change.order.end(), 0);
-            std::stable_sort(change.order.begin(), change.order.end(),
-                             [&](size_t a, size_t b) { return times[a] < times[b]; });
-            changes.push_back(std::move(change));
-        }
+        for (size_t i = 0; i < plans.size(); ++i) times[i] = simulate_on(changed, *plans[i]->step).makespan;
+        RateChange change{what, {}};
+        change.order.resize(plans.size());
+        std::iota(change.order.begin(), change.order.end(), 0);
+        std::stable_sort(change.order.begin(), change.order.end(),
+                         [&](size_t a, size_t b) { return times[a] < times[b]; });
+        changes.push_back(std::move(change));
+    }
     return changes;
 }
 

@@ -63,6 +63,24 @@ inline Cluster cluster_of_rate(double gflops) {
     return c;
 }
 
+// This cluster with one rate at a time 20 % lower and 20 % higher, each with what has changed: "matrix products x 0.8".
+inline std::vector<std::pair<std::string, Cluster>> with_other_rates(const Cluster& cluster) {
+    static const std::pair<const char*, double& (*)(Cluster&)> rates[] = {
+        {"matrix products", [](Cluster& c) -> double& { return c.matrix_tflops; }},
+        {"attention forward", [](Cluster& c) -> double& { return c.attention_forward_tflops; }},
+        {"attention backward", [](Cluster& c) -> double& { return c.attention_backward_tflops; }},
+        {"memory bandwidth", [](Cluster& c) -> double& { return c.memory_bandwidth; }},
+        {"links inside nodes", [](Cluster& c) -> double& { return c.inside.bandwidth; }},
+        {"links between nodes", [](Cluster& c) -> double& { return c.between.bandwidth; }}};
+    std::vector<std::pair<std::string, Cluster>> changed;
+    for (const auto& [name, rate] : rates)
+        for (const auto& [text, factor] : {std::pair(" x 0.8", 0.8), std::pair(" x 1.2", 1.2)}) {
+            changed.emplace_back(std::string(name) + text, cluster);
+            rate(changed.back().second) *= factor;
+        }
+    return changed;
+}
+
 // bf16: weights, activations and residual stream in 2 bytes, as on GPUs. bf16-fp32: the residual stream in 4, as in a
 // build for the CPU. Sums, statistics and gradients of weights always take 4.
 inline const std::vector<std::string>& element_precisions() {
