@@ -156,15 +156,20 @@ struct Contest {
         for (int folds : {1, 2}) {
             RankOptions o = layout("helix");
             o.layout.folds = folds;
+            for (int pieces : {1, 4}) {
+            if (folds > 1 && pieces > 1) continue;
+            o.layout.row_pieces = pieces;
             for (int round : {0, p, 2 * p, 4 * p})
                 for (int deferred : {0, 8, 14}) {  // weight gradients: ranks idle enough between rounds alone
                     if (round >= at.m || round % (folds * p) || (deferred && !round)) continue;
                     o.layout.round_chunks = round, o.layout.deferred = deferred;
                     add(ours,
                         printed("helix F=%d", folds) + (round ? printed(" rounds of %d", round) : "") +
-                            (deferred ? printed(" deferred %d", deferred) : ""),
+                            (deferred ? printed(" deferred %d", deferred) : "") + (pieces>1?printed(" pieces %d", pieces):""),
                         o);
                 }
+            }
+            o.layout.row_pieces=1;
             o.layout.round_chunks = o.layout.deferred = 0, o.layout.helix = as_published;
             published.push_back(
                 Entrant(cluster, printed("published F=%d", folds), o, at.m, {Recompute::without_attention}).modes[0]);

@@ -116,7 +116,7 @@ Measured run_steps(const Workload& work, Recompute recompute, const Pipeline& pi
             for (const TraceEvent& event : rank.trace->events())
                 if (event.kind == EventKind::wait) waited += 1e-3 * (event.end - event.start);
             std::map<std::tuple<Part, Pass, int, int>, double> seconds_of;  // the ops of all ranks
-            const auto key = [](const Op& op) { return std::tuple(op.part, op.pass, op.layer, op.chunk); };
+            const auto key = [](const Op& op) { return std::tuple(op.part, op.pass, op.layer, op.chunk, op.piece); };
             for (const std::string& text : transport.all_gather(pack_events(rank.trace->events())))
                 for (const TraceEvent& event : unpack_events(text))
                     if (event.kind == EventKind::compute) seconds_of[key(event.op)] = event.end - event.start;

@@ -71,13 +71,11 @@ struct PlannedStep {
         return largest;
     }
     OpCosts costs(const Cluster& cluster) const {
-        return {cluster, sizes, options.model, chunks, rules(), options.mlp_chunk, options.head_chunk};
+        return {cluster, sizes, options.model, chunks, rules(), options.mlp_chunk, options.head_chunk,
+                options.layout.row_pieces};
     }
     int64_t message_bytes(const Op& op) const {
-        int64_t bytes = 0;
-        for (const Use& use : message_contents(op, rules()))
-            bytes += sizes.tensor(use.tensor, chunks[size_t(op.chunk)], options.model);
-        return bytes;
+        return ::message_bytes(op, rules(), sizes, chunks[size_t(op.chunk)], options.model);
     }
 };
 
