@@ -117,7 +117,8 @@ void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
         }
 }
 
-// One op: its part of the model, forward or backward, on one chunk or a row piece of it. A head adds its losses to rank.loss.
+// One op: its part of the model, forward or backward, on one chunk or a row piece of it. A head adds its losses to
+// rank.loss.
 void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer* observer) {
     const Op& op = plan.ops[i];
     const TensorRules& rules = plan.rules;

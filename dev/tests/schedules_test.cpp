@@ -270,7 +270,7 @@ TEST(Check, RefusesWrongPlans) {
         {"helix", {4, 4, 8, 2}},
         {"helix", {3, 4, 5, 1}},
         {"helix", {2, 3, 5, 1, 1, true, true, false, 2}},  // spread head, rounds of two chunks
-        {"helix", {3, 3, 3, 1}, 2},  // row pieces
+        {"helix", {3, 3, 3, 1}, 2},                        // row pieces
         {"helix", {2, 3, 2, 2, 1, true, true}, 3},
         {"1f1b", {3, 5, 4}},
         {"gpipe", {2, 2, 3}},
@@ -429,7 +429,8 @@ std::string try_instance(unsigned seed, int number, std::map<std::string, Counts
         if (!refusal(schedule, mine).empty()) return what + refusal(schedule, mine);
 
         const int pieces = name == "helix" ? std::array{1, 2}[size_t(random(0, 1))] : 1;
-        const OpLists lists = pieces > 1 ? cut_into_row_pieces(schedule.lists(mine), mine, pieces) : schedule.lists(mine);
+        const OpLists lists =
+            pieces > 1 ? cut_into_row_pieces(schedule.lists(mine), mine, pieces) : schedule.lists(mine);
         const std::vector<std::string> problems = check_lists(lists, mine, Waiting::batch);  // implies Waiting::message
         if (!problems.empty()) return what + problems[0];
         for (size_t r = 0; r < lists.size(); ++r)
@@ -481,7 +482,8 @@ TEST(Schedules, RandomInstances) {
         {
             all_uneven += uneven;
             for (const auto& [name, c] : counts)
-                for (int Counts::*count : {&Counts::proven, &Counts::rounds, &Counts::cut, &Counts::closed, &Counts::compared})
+                for (int Counts::*count :
+                     {&Counts::proven, &Counts::rounds, &Counts::cut, &Counts::closed, &Counts::compared})
                     total[name].*count += c.*count;
         }
     }

@@ -71,7 +71,13 @@ struct PlannedStep {
         return largest;
     }
     OpCosts costs(const Cluster& cluster) const {
-        return {cluster, sizes, options.model, chunks, rules(), options.mlp_chunk, options.head_chunk,
+        return {cluster,
+                sizes,
+                options.model,
+                chunks,
+                rules(),
+                options.mlp_chunk,
+                options.head_chunk,
                 options.layout.row_pieces};
     }
     int64_t message_bytes(const Op& op) const {

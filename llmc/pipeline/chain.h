@@ -64,5 +64,5 @@ struct ChainIndex {
         return position * size_t(pieces) + size_t(op.pieces > 1 ? op.piece : pieces - 1);
     }
     // Of what an op takes, the result of the op before it in the chain.
-    size_t input(const Op& op) const { return (*this)(op) - size_t(pieces); }
+    size_t input(const Op& op) const { return (*this)(op)-size_t(pieces); }
 };

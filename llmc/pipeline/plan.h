@@ -31,7 +31,7 @@ struct Plan {
     std::vector<ChunkShape> chunks;
     TensorRules rules;
     std::vector<std::vector<PlacedUse>> memory = {};  // [op][use]
-    std::vector<int> receive_of = {};                 // [op] the receive that brings a compute op the last of its input, or -1
+    std::vector<int> receive_of = {};  // [op] the receive that brings a compute op the last of its input, or -1
     std::vector<PlannedTensor> tensors = {};
     ArenaSize size = {};
 

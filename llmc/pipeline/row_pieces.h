@@ -1,6 +1,6 @@
-// Row pieces: all of a block of HelixPipe works row by row, so a block can pass on the rows it has done while it works on
-// the next ones, and begin with the first rows that arrive. Of a message's way only that of one piece then costs time,
-// so that one fold is enough to hide messages, with half the chunks in memory and half the ramp of two.
+// Row pieces: all of a block of HelixPipe works row by row, so a block can pass on the rows it has done while it works
+// on the next ones, and begin with the first rows that arrive. Of a message's way only that of one piece then costs
+// time, so that one fold is enough to hide messages, with half the chunks in memory and half the ramp of two.
 //
 //   rank 0  | P(k, 0) rows 1 | rows 2 | P(k, 1) rows 1 | rows 2 |        a piece of X(k, 0) leaves after each,
 //   rank 1                ...............  | A(k, 0)                     the attention begins when the last is there
