@@ -11,13 +11,16 @@ constexpr int steps = 2;
 TEST(LayoutsOnHost, AgreeWithOneRank) {
     std::map<bool, LayoutRun> reference;  // [tied]
     int n = 0;
-    for (const char* schedule : {"gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "helix", "helix"}) {
+    for (const char* schedule :
+         {"gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "helix", "helix", "helix", "helix"}) {
+        const bool moves = n == 5 || n == 7;  // of helix
         const LayoutCase layout{.schedule = schedule,
                                 .folds = 1 + n % 2,
                                 .ranks = 2 + n % 2,
                                 .layers = 3,
                                 .chunks = 4,
-                                .helix = {n < 6, n < 6, n < 6, n < 6},
+                                .row_pieces = n > 6 ? 3 : 1,
+                                .helix = {moves, moves, moves, moves},
                                 .recompute = Recompute(n % 4),
                                 .documents = true,
                                 .tied = n % 2 == 0,
