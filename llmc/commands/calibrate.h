@@ -3,6 +3,8 @@
 // in a pipeline: they share memory bandwidth and clock.
 #pragma once
 
+#include <time.h>
+
 #include <atomic>
 #include <thread>
 
@@ -17,6 +19,14 @@
 #include "llmc/kernels/attention.cuh"
 #include "llmc/kernels/matmul.cuh"
 
+// Seconds on a clock that runs while a rank computes. Of a rank with one thread it is that thread's own, which stands
+// still while other programs have the core.
+inline double seconds_of_rank(int threads) {
+    timespec t{};
+    clock_gettime(threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
+    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
 // Runs work(device) on every rank at the same time, five times and for 0.2 s at least; the mean over ranks of their
 // best rates, operations(one run) a second.
 template <class MakeWork>
@@ -30,15 +40,11 @@ double rate_of_ranks(int ranks, int threads, double operations, MakeWork make_wo
             auto work = make_work();
             work(opened.device);
             for (--waiting; waiting > 0;) std::this_thread::yield();
-            using Clock = std::chrono::steady_clock;
-            const auto since = [](Clock::time_point start) {
-                return std::chrono::duration<double>(Clock::now() - start).count();
-            };
-            const auto begin = Clock::now();
-            for (int run = 0; run < 5 || since(begin) < 0.2; ++run) {
-                const auto start = Clock::now();
+            const double begin = seconds_of_rank(threads);
+            for (int run = 0; run < 5 || seconds_of_rank(threads) - begin < 0.2; ++run) {
+                const double start = seconds_of_rank(threads);
                 work(opened.device);
-                rates[size_t(r)] = std::max(rates[size_t(r)], operations / since(start));
+                rates[size_t(r)] = std::max(rates[size_t(r)], operations / (seconds_of_rank(threads) - start));
             }
         });
     for (std::thread& thread : team) thread.join();
@@ -47,18 +53,18 @@ double rate_of_ranks(int ranks, int threads, double operations, MakeWork make_wo
 
 // Numbers of a kernel, and its scratch.
 struct CalibrationBuffers {
-    std::vector<std::vector<floatX>> x;
+    std::vector<DeviceMemory<floatX>> x;  // in pages as large as those of a rank
     std::vector<floatS> s;
-    std::vector<std::byte> scratch;
+    std::optional<DeviceMemory<std::byte>> scratch;
 
     floatX* take(int64_t size) {
-        x.emplace_back(size_t(size));
-        for (size_t i = 0; i < x.back().size(); ++i) x.back()[i] = floatX(float(i * 37 % 101) / 101 - 0.5f);
+        x.emplace_back(size);
+        for (int64_t i = 0; i < size; ++i) x.back().data()[i] = floatX(float(i * 37 % 101) / 101 - 0.5f);
         return x.back().data();
     }
     Device with_scratch(Device device, size_t bytes) {
-        scratch.resize(bytes + 64);
-        device.scratch = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
+        if (!scratch) scratch.emplace(int64_t(bytes));
+        device.scratch = scratch->data();
         device.scratch_bytes = bytes;
         return device;
     }
