@@ -277,12 +277,13 @@ private:
 
     double ms(const OpWork& work, const ChunkWork& chunk, double row_bytes) const {
         const Cluster& c = cluster_;
-        const double tp = c.tp, attention = 1e9 * tp * c.attention_efficiency(double(chunk.longest));
+        const double tp = c.tp, length = double(chunk.longest);
         const double others = (tp - 1) / tp * double(chunk.tokens) * row_bytes;  // what a device gets from the others
         const double collective = (tp - 1) * 1e-3 * c.inside.latency + others / (1e6 * c.inside.bandwidth);
         return work.products / (1e9 * tp * c.matrix_tflops) +
-               work.attention_forward / (attention * c.attention_forward_tflops) +
-               work.attention_backward / (attention * c.attention_backward_tflops) +
+               work.attention_forward / (1e9 * tp * c.attention_forward_tflops * c.attention_efficiency(length)) +
+               work.attention_backward /
+                   (1e9 * tp * c.attention_backward_tflops * c.attention_backward_efficiency(length)) +
                work.bytes / (1e6 * tp * c.memory_bandwidth) + work.collectives * collective;
     }
 };
