@@ -104,6 +104,12 @@ inline ChunkWork chunk_work(const GptConfig& g, const std::vector<ChunkShape>& c
     return work;
 }
 
+inline std::vector<ChunkWork> chunk_works(const GptConfig& g, const std::vector<ChunkShape>& chunks) {
+    std::vector<ChunkWork> works;
+    for (size_t c = 0; c < chunks.size(); ++c) works.push_back(chunk_work(g, chunks, c));
+    return works;
+}
+
 // What an op does follows from the tensors that `uses` has it create or read, so that no schedule is costed by rules of
 // its own: the op that creates queries, keys and values multiplies them, the op that creates the attention output
 // attends, wherever it runs and whether for the first time or again.
@@ -212,11 +218,15 @@ class OpCosts {
 public:
     OpCosts(Cluster cluster, const ElementSizes& sizes, const GptConfig& g, const std::vector<ChunkShape>& chunks,
             const TensorRules& rules, int64_t mlp_chunk = 0, int64_t head_chunk = 0)
+        : OpCosts(std::move(cluster), sizes, g, chunks, chunk_works(g, chunks), rules, mlp_chunk, head_chunk) {}
+    // With other work in the chunks than that of whole sequences of the context.
+    OpCosts(Cluster cluster, const ElementSizes& sizes, const GptConfig& g, const std::vector<ChunkShape>& chunks,
+            const std::vector<ChunkWork>& chunk_works, const TensorRules& rules, int64_t mlp_chunk, int64_t head_chunk)
         : cluster_(std::move(cluster)), layers_(rules.layers) {
         std::vector<ChunkWork> works;  // that differ
         const Chain chain{rules.layers, rules.training};
         for (size_t c = 0; c < chunks.size(); ++c) {
-            const ChunkWork chunk = chunk_work(g, chunks, c);
+            const ChunkWork& chunk = chunk_works[c];
             const size_t kind = size_t(std::find(works.begin(), works.end(), chunk) - works.begin());
             kind_of_.push_back(kind);
             if (kind < works.size()) continue;
