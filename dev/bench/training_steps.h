@@ -4,8 +4,6 @@
 #define TESTING
 #include "train_gpt.cu"
 
-#include <time.h>
-
 inline double median(std::vector<double> values) {
     if (values.empty()) return NAN;
     std::nth_element(values.begin(), values.begin() + long(values.size() / 2), values.end());
@@ -32,13 +30,6 @@ inline Batch random_batch(const GptConfig& model, const std::vector<int64_t>& le
 inline void initialize(Rank& rank) {
     initialize_parameters(rank.master, rank.parameters, rank.options.model, 1);
     round_weights(rank);
-}
-
-// Seconds that this thread has had a core: other programs on the machine do not add to it.
-inline double seconds_on_core() {
-    timespec t{};
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
 // What a rank has measured of a step, in seconds.

@@ -3,8 +3,6 @@
 // in a pipeline: they share memory bandwidth and clock.
 #pragma once
 
-#include <time.h>
-
 #include <atomic>
 #include <thread>
 
@@ -12,7 +10,7 @@
 #include "llmc/io/files.h"
 #include "llmc/io/log.h"
 #include "llmc/io/manifest.h"
-#include "llmc/kernels/peak.h"
+#include "llmc/parallel/progress.h"
 #include "llmc/pipeline/cluster.h"
 
 #ifndef USE_CUDA
@@ -20,13 +18,8 @@
 #include "llmc/kernels/layernorm.cuh"
 #include "llmc/kernels/matmul.cuh"
 
-// Seconds on a clock that runs while a rank computes. Of a rank with one thread it is that thread's own, which stands
-// still while other programs have the core.
-inline double seconds_of_rank(int threads) {
-    timespec t{};
-    clock_gettime(threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
+// A rank with one thread is timed by that thread's own clock, which other programs on the machine do not move.
+inline double seconds_of_rank(int threads) { return threads == 1 ? seconds_on_core() : seconds_now(); }
 
 // Runs work(device) on every rank at the same time, three times and for 0.2 s at least, after one run that does not
 // count; the mean over ranks of their median rates, operations(one run) a second.
