@@ -5,15 +5,15 @@
 
 #include "llmc/parallel/planned_step.h"
 
-// What the chunks of a step have to do. Where documents share a chunk, attention is as efficient as at their mean
-// length, each counted by its work.
+// What the chunks of a step have to do. Where documents share a chunk, attention is as efficient as at the mean of
+// their lengths, each counted by its work.
 inline std::vector<ChunkWork> chunk_works(const GptConfig& g, const Step& step, const std::vector<ChunkShape>& shapes) {
     std::vector<ChunkWork> works;
     for (size_t c = 0; c < step.chunks.size(); ++c) {
         double all = 0, lengths = 0;
         for (const SegmentRows& segment : step.segments[c]) {
             const double work = attention_flops(g, segment.context, segment.context + segment.length);
-            all += work, lengths += work * double(segment.length);
+            all += work, lengths += work * double(2 * segment.context + segment.length);
         }
         works.push_back({int64_t(step.chunks[c].tokens.size()), std::llround(lengths / all),
                          all / (3 * double(g.layers)), shapes[c].store >= 0, shapes[c].first_slice,

@@ -80,8 +80,9 @@ struct OpWork {
 
 // What the times of a chunk depend on.
 struct ChunkWork {
-    int64_t tokens = 0, longest = 0;  // longest: slice or sequence that attention works on
-    double attention = 0;             // FLOPs of a layer forward
+    int64_t tokens = 0;
+    int64_t length = 0;    // of a whole sequence in which a query sees as many keys in the mean: attention's efficiency
+    double attention = 0;  // FLOPs of a layer forward
     bool sliced = false, first_slice = false, last_slice = false;
 
     bool operator==(const ChunkWork&) const = default;
@@ -97,7 +98,7 @@ inline ChunkWork chunk_work(const GptConfig& g, const std::vector<ChunkShape>& c
     } else {
         work = {
             std::min(shape.tokens, shape.store_tokens - shape.begin), 0, 0, true, shape.first_slice, shape.last_slice};
-        work.longest = work.tokens;
+        work.length = 2 * shape.begin + work.tokens;
         work.attention = attention_flops(g, shape.begin, shape.begin + work.tokens);
     }
     work.attention /= 3 * double(g.layers);  // that was forward and backward of all layers
@@ -287,7 +288,7 @@ private:
 
     double ms(const OpWork& work, const ChunkWork& chunk, double row_bytes) const {
         const Cluster& c = cluster_;
-        const double tp = c.tp, length = double(chunk.longest);
+        const double tp = c.tp, length = double(chunk.length);
         const double others = (tp - 1) / tp * double(chunk.tokens) * row_bytes;  // what a device gets from the others
         const double collective = (tp - 1) * 1e-3 * c.inside.latency + others / (1e6 * c.inside.bandwidth);
         return work.products / (1e9 * tp * c.matrix_tflops) +
