@@ -67,21 +67,25 @@ void print_ops(const PlannedStep& plan, const OpCosts& costs, const OpMs& measur
 
 Comparison compare(const CalibrationCase& c, const Cluster& cluster, int steps, bool show_ops) {
     Comparison result;
-    const PlannedStep plan(c.options(), c.chunks());
+    const RankOptions options = c.options();
+    const Batch batch = random_batch(options.model, c.lengths());
+    const Step step = prepare_step(batch, c.chunk_tokens, options.model);
+    const std::vector<ChunkShape> shapes = chunk_shapes(step.group_sizes, c.chunk_tokens, c.context);
+    const PlannedStep plan(shapes, options);
+    const OpCosts costs = plan.costs(cluster, chunk_works(options.model, step, shapes));
     const double update = update_ms(cluster, plan);
-    result.planned = time_of(simulate_on(cluster, plan), update);
+    result.planned = time_of(simulate_with(costs, plan), update);
 
-    TimedRun run = timed_steps(ranks, random_batch(c.options().model, c.lengths()), steps,
-                               [&](int rank) { return c.options(rank); });
+    TimedRun run = timed_steps(ranks, batch, steps, [&](int rank) { return c.options(rank); });
     std::map<OpKey, std::vector<double>> samples;
     std::vector<double> rest;
-    for (const TimedStep& step : run.steps) {
+    for (const TimedStep& timed : run.steps) {
         double slowest = 0;
         for (size_t r = 0; r < ranks; ++r) {
-            slowest = std::max(slowest, 1e3 * step.ranks[r].rest_on_core);
+            slowest = std::max(slowest, 1e3 * timed.ranks[r].rest_on_core);
             for (size_t i = 0; i < plan.lists[r].size(); ++i)
                 if (const Op& op = plan.lists[r][i]; op.kind == Kind::compute)
-                    samples[key_of(op)].push_back(1e3 * step.ranks[r].ops_on_core[i]);
+                    samples[key_of(op)].push_back(1e3 * timed.ranks[r].ops_on_core[i]);
         }
         rest.push_back(slowest);
     }
@@ -90,20 +94,20 @@ Comparison compare(const CalibrationCase& c, const Cluster& cluster, int steps, 
     const auto on_core = [&](const Op& op) { return medians.at(key_of(op)); };
     result.alone = time_of(simulate(plan.lists, plan.input, on_core, [](const Op&, int) { return 0.0; }), median(rest));
 
-    const auto aside = [](const TimedStep& step) { return step.sum(&RankStep::pushed_aside) / (ranks * step.ops); };
+    const auto aside = [](const TimedStep& timed) { return timed.sum(&RankStep::pushed_aside) / (ranks * timed.ops); };
     std::sort(run.steps.begin(), run.steps.end(),
               [&](const TimedStep& a, const TimedStep& b) { return aside(a) < aside(b); });
     run.steps.resize((run.steps.size() + 1) / 2);
     std::vector<double> ms, bubble, pushed_aside;
-    for (const TimedStep& step : run.steps) {
-        ms.push_back(1e3 * step.step);
-        bubble.push_back(1 - step.sum(&RankStep::busy) / (ranks * step.ops));
-        pushed_aside.push_back(aside(step));
+    for (const TimedStep& timed : run.steps) {
+        ms.push_back(1e3 * timed.step);
+        bubble.push_back(1 - timed.sum(&RankStep::busy) / (ranks * timed.ops));
+        pushed_aside.push_back(aside(timed));
     }
     result.measured = {median(ms), median(bubble)};
     result.pushed_aside = median(pushed_aside);
 
-    const std::vector<MemoryPlan> planned = memory_plans(c.options());
+    const std::vector<MemoryPlan> planned = memory_plans(options);
     for (int r = 0; r < ranks; ++r) {
         const MemoryPlan& mine = planned[size_t(r)];
         const MemoryPlan& allocated = run.memory[size_t(r)];
@@ -114,7 +118,7 @@ Comparison compare(const CalibrationCase& c, const Cluster& cluster, int steps, 
     }
     result.grown_bytes = run.grown;
     if (show_ops) {
-        print_ops(plan, plan.costs(cluster), on_core);
+        print_ops(plan, costs, on_core);
         std::printf("    beside the ops               planned %8.2f ms  on a core %8.2f ms  ratio %.3f\n", update,
                     median(rest), median(rest) / update);
     }

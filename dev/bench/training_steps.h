@@ -4,12 +4,6 @@
 #define TESTING
 #include "train_gpt.cu"
 
-inline double median(std::vector<double> values) {
-    if (values.empty()) return NAN;
-    std::nth_element(values.begin(), values.begin() + long(values.size() / 2), values.end());
-    return values[values.size() / 2];
-}
-
 // Sequences of these lengths, of random tokens.
 inline Batch random_batch(const GptConfig& model, const std::vector<int64_t>& lengths) {
     Batch batch;

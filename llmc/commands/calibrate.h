@@ -10,6 +10,7 @@
 #include "llmc/io/files.h"
 #include "llmc/io/log.h"
 #include "llmc/io/manifest.h"
+#include "llmc/kernels/peak.h"
 #include "llmc/parallel/progress.h"
 #include "llmc/pipeline/cluster.h"
 
@@ -41,9 +42,7 @@ double rate_of_ranks(int ranks, int threads, double operations, MakeWork make_wo
                 work(opened.device);
                 seconds.push_back(seconds_of_rank(threads) - start);
             }
-            const auto middle = seconds.begin() + ptrdiff_t(seconds.size() / 2);
-            std::nth_element(seconds.begin(), middle, seconds.end());
-            rates[size_t(r)] = operations / *middle;
+            rates[size_t(r)] = operations / median(std::move(seconds));
         });
     for (std::thread& thread : team) thread.join();
     return std::accumulate(rates.begin(), rates.end(), 0.0) / ranks;
@@ -198,9 +197,10 @@ inline double measured_copy_rate(int ranks) {
     });
 }
 
-// Microseconds from a thread to another one that sleeps until it is notified, there and back halved.
+// Microseconds from a thread to another one that sleeps until it is notified, there and back halved; the median, since
+// some rounds wait for other programs.
 inline double measured_wake_up() {
-    constexpr int rounds = 500;
+    constexpr int rounds = 501;
     std::atomic<int> turn = 0;
     std::thread other([&] {
         for (int i = 0; i < rounds; ++i) {
@@ -208,13 +208,15 @@ inline double measured_wake_up() {
             turn.store(2 * i + 2), turn.notify_one();
         }
     });
-    const auto start = std::chrono::steady_clock::now();
+    std::vector<double> seconds;
     for (int i = 0; i < rounds; ++i) {
+        const double start = seconds_now();
         turn.store(2 * i + 1), turn.notify_one();
         turn.wait(2 * i + 1);
+        seconds.push_back(seconds_now() - start);
     }
     other.join();
-    return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count() / (2 * rounds);
+    return 1e6 * median(std::move(seconds)) / 2;
 }
 
 inline Cluster measure_cluster(int ranks, int threads) {

@@ -35,7 +35,6 @@ public:
             update_ms_ = update_ms(cluster_, *planned_);
             group_sizes_ = step.group_sizes;
         }
-        for (size_t c = 0; c < works.size(); ++c) planned_->chunks[c].tokens = works[c].tokens;  // that messages carry
         works_ = std::move(works);
         return step_ms_ = simulate_with(planned_->costs(cluster_, works_), *planned_).makespan + update_ms_;
     }

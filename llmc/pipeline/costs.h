@@ -233,12 +233,14 @@ public:
             if (kind < works.size()) continue;
             works.push_back(chunk);
             times_.resize(works.size() * ops_of_kind()), bytes_.resize(times_.size());
+            ChunkShape rows = chunks[c];
+            rows.tokens = chunk.tokens;  // that messages carry
             for (int n = 0; n < chain.length(); ++n) {
                 Op op = chain.op(n, int(c));
                 for (bool weights : {false, true}) {
                     op.weights = weights;
                     int64_t& bytes = bytes_[message_index(op)];
-                    for (const Use& use : message_contents(op, rules)) bytes += sizes.tensor(use.tensor, chunks[c], g);
+                    for (const Use& use : message_contents(op, rules)) bytes += sizes.tensor(use.tensor, rows, g);
                 }
                 op.weights = false;
                 const bool block = op.pass == Pass::B && (op.part == Part::pre || op.part == Part::post);
