@@ -8,8 +8,9 @@
 //             others had the core. Where that is more than a few percent, it tells of the others
 //   alone     the same step, simulated with the time that each op has had a core, whatever happened in between: what
 //             the step takes where nobody else is, but for caches and memory that others use
-// Before each case products run on all ranks, as they did right after the calibration; `speed` is what they reach of
-// the rate that they had then. A ratio that is off at a speed of 1 is an error of the model.
+// Between cases products run on all ranks, as they did before and after the calibration; `speed` is what they reach,
+// before and after a case, of the rate that they had then, and `steady` the ratio of `alone` that would be left at a
+// speed of 1: what is off there is an error of the model.
 //
 //   build/bench/calibration [--json] [--cluster FILE] [--steps 5] [--case NUMBER] [--ops]
 //
@@ -34,6 +35,7 @@ struct Comparison {
     bool same_memory = true;                                          // of each rank, and of its arena
 
     double ratio(StepTime Comparison::*side) const { return (this->*side).ms / planned.ms; }
+    double steady() const { return ratio(&Comparison::alone) * speed; }
     double points(StepTime Comparison::*side) const { return 100 * ((this->*side).bubble - planned.bubble); }
 };
 
@@ -139,35 +141,35 @@ void print_json(const std::string& name, const Comparison& c) {
     line("planned_bytes", double(c.planned_bytes), "allocated", double(c.allocated_bytes));
 }
 
+constexpr const char* columns = "%2s %-62s %6s %6s %6s  %6s %6s %6s %6s  %7s %7s %5s %7s %5s  %10s %10s %10s %7s\n";
+
 void print_row(size_t number, const std::string& name, const Comparison& c) {
-    std::printf(
-        "%2zu %-58s %6.0f %6.0f %6.3f  %6.0f %6.3f  %5.1f %% %5.1f %% %+5.1f  %5.1f %% %+5.1f  %9s %9s %9s %5.1f "
-        "%% %6.3f\n",
-        number, name.c_str(), c.planned.ms, c.measured.ms, c.ratio(&Comparison::measured), c.alone.ms,
-        c.ratio(&Comparison::alone), 100 * c.planned.bubble, 100 * c.measured.bubble, c.points(&Comparison::measured),
-        100 * c.alone.bubble, c.points(&Comparison::alone), bytes_text(c.planned_bytes).c_str(),
-        c.same_memory ? "the same" : bytes_text(c.allocated_bytes).c_str(), bytes_text(c.grown_bytes).c_str(),
-        100 * c.pushed_aside, c.speed);
+    const auto ratio = [](double value) { return format("%.3f", value); };
+    const auto percent = [](double part) { return format("%.1f %%", 100 * part); };
+    const auto points = [&](StepTime Comparison::*side) { return format("%+.1f", c.points(side)); };
+    std::printf(columns, std::to_string(number).c_str(), name.c_str(), format("%.0f", c.planned.ms).c_str(),
+                format("%.0f", c.measured.ms).c_str(), ratio(c.ratio(&Comparison::measured)).c_str(),
+                format("%.0f", c.alone.ms).c_str(), ratio(c.ratio(&Comparison::alone)).c_str(), ratio(c.speed).c_str(),
+                ratio(c.steady()).c_str(), percent(c.planned.bubble).c_str(), percent(c.measured.bubble).c_str(),
+                points(&Comparison::measured).c_str(), percent(c.alone.bubble).c_str(),
+                points(&Comparison::alone).c_str(), bytes_text(c.planned_bytes).c_str(),
+                c.same_memory ? "the same" : bytes_text(c.allocated_bytes).c_str(), bytes_text(c.grown_bytes).c_str(),
+                percent(c.pushed_aside).c_str());
 }
 
-// How many are within the goal, and the worst.
-void print_summary(const char* what, const std::vector<std::pair<std::string, Comparison>>& results,
-                   StepTime Comparison::*side) {
-    const auto count_within = [&](double goal, const auto& error) {
-        return std::count_if(results.begin(), results.end(),
-                             [&](const auto& result) { return std::abs(error(result.second)) <= goal; });
-    };
-    const auto worst = [&](const auto& error) {
-        const auto& result = *std::max_element(results.begin(), results.end(), [&](const auto& a, const auto& b) {
-            return std::abs(error(a.second)) < std::abs(error(b.second));
-        });
-        return format("%+.1f", error(result.second)) + " (" + result.first + ")";
-    };
-    const auto percent = [side](const Comparison& c) { return 100 * (c.ratio(side) - 1); };
-    const auto points = [side](const Comparison& c) { return c.points(side); };
-    std::printf("%s: times within 10 %%: %ld of %zu, worst %s; bubbles within 3 points: %ld of %zu, worst %s\n", what,
-                long(count_within(10, percent)), results.size(), worst(percent).c_str(), long(count_within(3, points)),
-                results.size(), worst(points).c_str());
+using Results = std::vector<std::pair<std::string, Comparison>>;
+
+// How many errors are within the goal, and the worst of them.
+template <class Error>
+void print_summary(const char* what, const Results& results, double goal, const Error& error) {
+    long within = 0;
+    std::pair<double, std::string> worst;
+    for (const auto& [name, comparison] : results) {
+        within += std::abs(error(comparison)) <= goal;
+        if (std::abs(error(comparison)) >= std::abs(worst.first)) worst = {error(comparison), name};
+    }
+    std::printf("%-30s within %2.0f: %2ld of %zu, worst %+.1f (%s)\n", what, goal, within, results.size(), worst.first,
+                worst.second.c_str());
 }
 
 int main(int argc, char** argv) {
@@ -183,29 +185,37 @@ int main(int argc, char** argv) {
         else if (flag == "--cluster" && i + 1 < argc) description = argv[++i];
         else return std::fprintf(stderr, "calibration: %s? See the head of the source.\n", argv[i]), EXIT_CONFIG;
     }
+    const double before_calibration = reference_rate();
     const Cluster cluster = description.empty() ? measure_cluster(ranks, 1) : read_cluster(description);
-    const double reference = reference_rate();
-    if (!json)
-        std::printf("%s\n   %-58s %6s %6s %6s  %6s %6s  %7s %7s %5s  %7s %5s  %9s %9s %9s %7s %6s\n",
-                    cluster_toml(cluster, "").c_str(), "case; times in ms", "plan", "was", "ratio", "alone", "ratio",
-                    "bubble", "was", "diff", "alone", "diff", "planned", "allocated", "grown", "aside", "speed");
-    std::vector<std::pair<std::string, Comparison>> results;
+    double before = reference_rate();
+    const double reference = (before_calibration + before) / 2;
+    if (!json) {
+        std::printf("%s\nreference after the calibration over before: %.3f\n\n", cluster_toml(cluster, "").c_str(),
+                    before / before_calibration);
+        std::printf(columns, "", "case; times in ms", "plan", "was", "ratio", "alone", "ratio", "speed", "steady",
+                    "bubble", "was", "diff", "alone", "diff", "planned", "allocated", "grown", "aside");
+    }
+    Results results;
     const std::vector<CalibrationCase> cases = calibration_cases();
     for (size_t n = 0; n < cases.size(); ++n) {
         if (only && only != int(n) + 1) continue;
-        const double speed = reference_rate() / reference;
         results.emplace_back(cases[n].name(), compare(cases[n], cluster, steps, show_ops));
         auto& [name, result] = results.back();
-        result.speed = speed;
+        const double after = reference_rate();
+        result.speed = (std::exchange(before, after) + after) / 2 / reference;
         if (json) print_json(name, result);
         else print_row(n + 1, name, result);
         std::fflush(stdout);
     }
     if (json || results.empty()) return 0;
-    print_summary("measured", results, &Comparison::measured);
-    print_summary("alone", results, &Comparison::alone);
-    std::printf("memory as planned: %ld of %zu\n",
-                long(std::count_if(results.begin(), results.end(), [](const auto& r) { return r.second.same_memory; })),
-                results.size());
+    const auto percent = [](double ratio) { return 100 * (ratio - 1); };
+    for (const auto& [what, side] : {std::pair("measured", &Comparison::measured), {"alone", &Comparison::alone}}) {
+        print_summary(format("times %s, %%", what).c_str(), results, 10,
+                      [&](const Comparison& c) { return percent(c.ratio(side)); });
+        print_summary(format("bubbles %s, points", what).c_str(), results, 3,
+                      [&](const Comparison& c) { return c.points(side); });
+    }
+    print_summary("times alone, steady, %", results, 10, [&](const Comparison& c) { return percent(c.steady()); });
+    print_summary("ranks that allocate otherwise", results, 0, [](const Comparison& c) { return !c.same_memory; });
     return 0;
 }
