@@ -36,7 +36,8 @@
 // The schedule loop
 
 // The tensors that an op of the plan takes, as views at their planned addresses; `uses` in llmc/pipeline/op.h lists
-// them. N is the number of rows that the chunk has in this step, at most what was planned.
+// them. N is the number of rows that the chunk has in this step, at most what was planned; an op on a row piece gets
+// the rows of the piece.
 struct OpTensors {
     const Rank& rank;
     const Plan& plan;
@@ -53,14 +54,18 @@ struct OpTensors {
         throw std::logic_error("the plan gives no " + std::string(tensor_name(tensor)) + " to " +
                                op_name(plan.ops[op]));
     }
+    RowRange piece() const { return piece_rows(plan.ops[op], N); }
     template <class T>
     Matrix<T> rows(Tensor tensor, int layer) const {
         Allocator at = place(tensor, layer);
-        return RowsTensor<T>(at, N, tensor_columns(tensor, rank.options.model)).rows;
+        const Matrix<T> all = RowsTensor<T>(at, N, tensor_columns(tensor, rank.options.model)).rows;
+        return all.row_range(piece().begin, piece().count);
     }
     NormStatistics ln1_stats(int layer) const {
         Allocator at = place(Tensor::ln1_stats, layer);
-        return {at, N};
+        NormStatistics stats(at, N);
+        stats.mean += piece().begin, stats.rstd += piece().begin;
+        return stats;
     }
     // The weights of pre_attention and their gradients: where they are apart from it, else the rank's own.
     LayerTensors<floatX> pre_weights(int layer) const {
@@ -87,16 +92,17 @@ std::vector<Matrix<T>> moved_tensors(const LayerTensors<T>& t, const HelixOption
 void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
     const Op& op = t.plan.ops[t.op];
     const int64_t C = t.rank.options.model.channels;
-    const auto append = [&]<class T>(T* data, int64_t count) {
-        transfers.push_back({op.kind == Kind::send, op.peer, data, count * int64_t(sizeof(T))});
+    const auto append = [&]<class T>(const Matrix<T>& rows) {
+        if (rows.size() > 0)
+            transfers.push_back({op.kind == Kind::send, op.peer, rows.data, rows.size() * int64_t(sizeof(T))});
     };
     const auto append_weights = [&](const auto& weights) {
-        for (const auto& tensor : moved_tensors(weights, t.plan.rules.helix, C)) append(tensor.data, tensor.cols);
+        for (const auto& tensor : moved_tensors(weights, t.plan.rules.helix, C)) append(tensor);
     };
     for (const Use& use : message_contents(op, t.plan.rules)) switch (use.tensor) {
             case Tensor::residual:
             case Tensor::d_residual:
-                append(t.rows<floatR>(use.tensor, use.layer).data, t.N * C);
+                append(t.rows<floatR>(use.tensor, use.layer));
                 break;
             case Tensor::qkv_weights:
                 append_weights(t.pre_weights(use.layer));
@@ -105,15 +111,15 @@ void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
                 append_weights(t.d_pre_weights(use.layer));
                 break;
             case Tensor::delta:
-                append(t.rows<floatS>(use.tensor, use.layer).data, t.N * t.rank.options.model.heads);
+                append(t.rows<floatS>(use.tensor, use.layer));
                 break;
             default:
-                append(t.rows<floatX>(use.tensor, use.layer).data,
-                       t.N * tensor_columns(use.tensor, t.rank.options.model));
+                append(t.rows<floatX>(use.tensor, use.layer));
         }
 }
 
-// One op: its part of the model, forward or backward, on one chunk. A head adds its losses to rank.loss.
+// One op: its part of the model, forward or backward, on one chunk or a row piece of it. A head adds its losses to
+// rank.loss.
 void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer* observer) {
     const Op& op = plan.ops[i];
     const TensorRules& rules = plan.rules;
@@ -122,7 +128,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const Recompute mode = rules.mode(op);
     const bool none = mode == Recompute::none, elementwise = mode == Recompute::elementwise;
     const bool full = mode == Recompute::full;
-    const bool move = rules.helix.move_qkv, once = rules.helix.weights_once, norm = rules.helix.move_norm;
+    const bool move = rules.helix.move_qkv, norm = rules.helix.move_norm, weights_too = rules.helix.weights_with(op);
     const BlockContext ctx{
         rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
     const ChunkInputs& inputs = rank.inputs.chunks[size_t(op.chunk)];
@@ -132,6 +138,8 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
     const auto dw = l < 0 || !rules.training ? LayerTensors<floatS>{} : rank.dw.layers[size_t(l)];
 
     const OpTensors t{rank, plan, i, inputs.tokens};
+    const RowRange piece = t.piece();
+    if (piece.count == 0) return;
     const auto x = [&](int layer) { return t.rows<floatR>(Tensor::residual, layer); };
     const auto ln1 = [&] { return t.rows<floatX>(Tensor::ln1, l); };
     const auto qkv = [&] { return t.rows<floatX>(Tensor::qkv, l); };
@@ -146,14 +154,15 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
         else if (products) matmul_forward(rank.device, qkv(), ln1(), {weights.qkv_weight, 3 * C, C}, weights.qkv_bias);
     };
     const auto kept_post = [&]() -> std::optional<PostActivations> {
-        if (Allocator at{t.find(Tensor::post, l)}; at.base) return PostActivations(at, t.N, rank.options.model);
+        if (Allocator at{t.find(Tensor::post, l)}; at.base)
+            return PostActivations(at, t.N, rank.options.model).row_range(piece.begin, piece.count);
         if (Allocator at{t.find(Tensor::post_products, l)}; at.base)
-            return PostActivations(PostProducts(at, t.N, rank.options.model));
+            return PostActivations(PostProducts(at, t.N, rank.options.model).row_range(piece.begin, piece.count));
         return std::nullopt;
     };
     const auto d_post = [&] {
         Allocator at = t.place(Tensor::d_post, l);
-        return PostGradients(at, t.N, rank.options.model);
+        return PostGradients(at, t.N, rank.options.model).row_range(piece.begin, piece.count);
     };
     const auto store = [&]<class T>(Tensor tensor, T) {
         if (shape.store < 0) return Matrix<T>();
@@ -224,7 +233,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                                          has_delta ? t.rows<floatS>(Tensor::delta, l) : Matrix<floatS>());
                 if (!move) break;
                 const LayerTensors<floatS> d_weights = t.d_pre_weights(l);
-                if (!once || op.weights)
+                if (weights_too)
                     for (const auto& tensor : moved_tensors(d_weights, rules.helix, C)) fill_zero(rank.device, tensor);
                 qkv_backward_weight(ctx, d_weights, d_qkv, ln1());
                 if (norm)
@@ -235,7 +244,7 @@ void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer
                 break;
             }
             case Part::pre:
-                if (move && (!once || op.weights)) {  // the sum of another rank or, of every chunk, its own
+                if (weights_too) {  // the sum of another rank or, of every chunk, its own
                     const auto sums = moved_tensors(dw, rules.helix, C);
                     const auto added = moved_tensors(t.d_pre_weights(l), rules.helix, C);
                     for (size_t n = 0; n < sums.size(); ++n) add_rows(rank.device, sums[n], added[n]);
@@ -306,7 +315,7 @@ void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions) {
 #endif
             const double begin = seconds_now();
             const OpClock::Moment moment = clock.now();
-            const int64_t first = loop.transport.post(transfers);
+            const int64_t first = transfers.empty() ? posted_end : loop.transport.post(transfers);  // pieces of no rows
             posted_end = first + int64_t(transfers.size());
             loop.post_seconds += seconds_now() - begin;
             for (const OpClock::Moment now = clock.now(); i < end; ++i) {

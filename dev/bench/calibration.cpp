@@ -44,8 +44,8 @@ StepTime time_of(const Timeline& timeline, double rest_ms) {
 }
 
 // What an op is, wherever it runs.
-using OpKey = std::tuple<Pass, Part, bool, int, int>;
-OpKey key_of(const Op& op) { return {op.pass, op.part, op.split, op.layer, op.chunk}; }
+using OpKey = std::tuple<Pass, Part, bool, int, int, int>;
+OpKey key_of(const Op& op) { return {op.pass, op.part, op.split, op.layer, op.chunk, op.piece}; }
 
 // The time of ops by kind, in ms, planned and on a core.
 template <class OpMs>
@@ -216,6 +216,6 @@ int main(int argc, char** argv) {
                       [&](const Comparison& c) { return c.points(side); });
     }
     print_summary("times alone, steady, %", results, 10, [&](const Comparison& c) { return percent(c.steady()); });
-    print_summary("ranks that allocate otherwise", results, 0, [](const Comparison& c) { return !c.same_memory; });
+    print_summary("memory other than planned", results, 0, [](const Comparison& c) { return !c.same_memory; });
     return 0;
 }

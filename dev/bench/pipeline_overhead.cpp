@@ -68,8 +68,8 @@ Measured run_steps(const Workload& work, Recompute recompute, const Pipeline& pi
     const auto options = [&](int rank) { return options_for(work, recompute, pipeline, ranks, rank); };
     Measured measured;
     for (const TimedStep& step : timed_steps(ranks, batch_of(work), steps, options).steps) {
-        const auto key = [](const Op& op) { return std::tuple(op.part, op.pass, op.layer, op.chunk); };
-        std::map<std::tuple<Part, Pass, int, int>, double> seconds_of;  // the ops of all ranks
+        const auto key = [](const Op& op) { return std::tuple(op.part, op.pass, op.layer, op.chunk, op.piece); };
+        std::map<std::tuple<Part, Pass, int, int, int>, double> seconds_of;  // the ops of all ranks
         for (const RankStep& rank : step.ranks)
             for (const TraceEvent& event : rank.events)
                 if (event.kind == EventKind::compute) seconds_of[key(event.op)] = event.end - event.start;

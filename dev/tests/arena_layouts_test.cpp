@@ -39,7 +39,8 @@ std::string describe(const RankOptions& o, size_t chunks, bool training) {
            " m=" + std::to_string(chunks) + " F=" + std::to_string(y.folds) +
            (y.helix.move_qkv ? y.helix.weights_once ? " move" : " move each" : " no move") +
            (y.helix.move_norm ? " norm" : "") + (y.helix.spread_head ? " spread" : "") +
-           (y.round_chunks ? " rounds of " + std::to_string(y.round_chunks) : "") + " recompute " +
+           (y.round_chunks ? " rounds of " + std::to_string(y.round_chunks) : "") +
+           (y.row_pieces > 1 ? " row pieces " + std::to_string(y.row_pieces) : "") + " recompute " +
            std::to_string(int(o.recompute)) + (training ? "" : " forward only");
 }
 
@@ -50,9 +51,9 @@ std::string describe(const RankOptions& o, size_t chunks, bool training) {
 
 struct Need {
     std::string name;
-    int64_t begin, end;  // bytes
-    int first, last;     // ops
-    int sent = -1;       // op that sent it last
+    int64_t begin, end;            // bytes
+    int first, last;               // ops
+    std::map<int, int> sent = {};  // [row piece] op that sent it last
 };
 
 // `most_alive`: the largest sum of bytes that are needed at one op.
@@ -92,16 +93,17 @@ std::string hold_to_account(const Plan& plan, const GptConfig& g, int64_t* most_
                 const int64_t bytes =
                     tensor_bytes(use.tensor, use.owner < 0 ? shape : plan.chunks[size_t(use.owner)], g);
                 if (place->offset < 0 || place->offset + bytes > plan.size.bytes) return name + " leaves the arena";
-                needs.push_back({name, place->offset, place->offset + bytes, posted[size_t(i)], i});
+                needs.push_back({name, place->offset, place->offset + bytes, posted[size_t(i)], i, {}});
             } else if (!current.count(key)) {
                 return name + " was never made";
             }
             Need& need = needs[current[key]];
             if (need.begin != place->offset) return name + " has moved";
-            if (use.access == Access::update && need.sent >= 0 &&
-                known_complete(plan.ops[size_t(need.sent)].batch, need.sent) > i)
-                return name + " is changed while it is sent";
-            if (op.kind == Kind::send) need.sent = i;
+            for (const auto& [piece, sent] : need.sent)
+                if (use.access == Access::update && (op.pieces == 1 || op.piece == piece) &&
+                    known_complete(plan.ops[size_t(sent)].batch, sent) > i)
+                    return name + " is changed while it is sent";
+            if (op.kind == Kind::send) need.sent[op.piece] = i;
             need.last = std::max(need.last, op.kind == Kind::send ? known_complete(op.batch, i) - 1 : i);
         }
     }
@@ -131,7 +133,8 @@ std::string check_waits(const Plan& plan) {
         int expected = -1;
         for (size_t k = 0; k < i && op.kind == Kind::compute && op.pass != Pass::W; ++k)
             if (const Op& other = plan.ops[k]; other.kind == Kind::receive && other.chunk == op.chunk &&
-                                               chain.position(other) == chain.position(op) - 1)
+                                               chain.position(other) == chain.position(op) - 1 &&
+                                               (op.pieces == 1 || other.piece == op.piece))
                 expected = int(k);
         if (plan.receive_of[i] != expected) return op_name(op) + " waits for another receive";
     }
@@ -157,6 +160,7 @@ Drawn draw(const Schedule& schedule, std::mt19937& generator) {
     layout.max_chunks = std::accumulate(groups.begin(), groups.end(), 0);
     if (schedule.name == "helix" && random(0, 1)) layout.round_chunks = random(1, layout.max_chunks);
     layout.deferred = random(0, 1) * random(1, 8);
+    if (schedule.name == "helix") layout.row_pieces = random(0, 1) ? random(2, 6) : 1;
     Recompute recompute = recompute_modes[random(0, 3)];
     if (recompute == Recompute::elementwise && !layout.helix.move_norm) recompute = Recompute::without_attention;
     return {options(random(1, 7), recompute, sliced ? 8 : 32, layout), groups, random(0, 4) > 0};

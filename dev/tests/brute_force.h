@@ -23,13 +23,17 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
     const auto name = [&](Part part, bool forward, int layer, int chunk) {
         return ((Name(chunk) * (layers + 1) + layer + 1) * 5 + int(part)) * 2 + forward;
     };
-    const auto result = [&](const Op& op) { return name(op.part, op.pass == Pass::F, op.layer, op.chunk); };
-    const auto input = [&](const Op& op) -> Name {  // itself if it takes nothing
+    constexpr int most_pieces = 8;
+    const auto result = [&](const Op& op) {
+        return name(op.part, op.pass == Pass::F, op.layer, op.chunk) * most_pieces + op.piece;
+    };
+    const auto input = [&](const Op& op) -> Name {  // of its first piece; itself if it takes nothing
         const int l = op.layer, c = op.chunk, last = layers - 1;
-        if (op.pass == Pass::W) return result(op);
+        const Name own = name(op.part, op.pass == Pass::F, l, c);
+        if (op.pass == Pass::W) return own;
         if (op.pass == Pass::F) switch (op.part) {
                 case Part::embed:
-                    return result(op);
+                    return own;
                 case Part::pre:
                     return l == 0 ? name(Part::embed, true, -1, c) : name(Part::post, true, l - 1, c);
                 case Part::attention:
@@ -137,7 +141,13 @@ BruteForce brute_force(const std::vector<std::vector<Op>>& lists, int layers, Co
                         progress = true;
                         continue;
                     }
-                    if (rank.expected.count(input(op)) && !rank.received.count(input(op))) break;
+                    bool waits = false;  // for the same piece, or, as a whole, for all of them
+                    for (int piece = 0; piece < most_pieces; ++piece) {
+                        const Name what = input(op) * most_pieces + piece;
+                        if (op.pieces == 1 || piece == op.piece)
+                            waits |= rank.expected.count(what) && !rank.received.count(what);
+                    }
+                    if (waits) break;
                     const double time = compute(op);
                     out.start[r][rank.next] = now;
                     rank.free = now + time;

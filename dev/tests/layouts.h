@@ -32,6 +32,7 @@ struct LayoutCase {
     std::string schedule;
     int folds = 1, ranks = 1, layers = 1, chunks = 1;
     int round_chunks = 0;  // helix: chunks of a round, 0 = all
+    int row_pieces = 1;    // helix
     int deferred = 0;      // most gradients of weights that wait for idle time
     HelixOptions helix = {};
     Recompute recompute = Recompute::none;
@@ -46,7 +47,8 @@ struct LayoutCase {
             name += " F=" + std::to_string(folds) +
                     (helix.move_qkv ? helix.weights_once ? " move" : " move each" : " no move") +
                     (helix.move_norm ? " norm" : "") + (helix.spread_head ? " spread" : "") +
-                    (round_chunks ? " rounds of " + std::to_string(round_chunks) : "");
+                    (round_chunks ? " rounds of " + std::to_string(round_chunks) : "") +
+                    (row_pieces > 1 ? " row pieces " + std::to_string(row_pieces) : "");
         if (deferred) name += " deferred " + std::to_string(deferred);
         return name + " p=" + std::to_string(ranks) + " L=" + std::to_string(layers) + " m=" + std::to_string(chunks) +
                " recompute " + recompute_names[int(recompute)] + (documents ? " documents" : " windows") +
@@ -62,7 +64,8 @@ struct LayoutCase {
                             .helix = helix,
                             .max_chunks = max_chunks,
                             .deferred = deferred,
-                            .round_chunks = round_chunks};
+                            .round_chunks = round_chunks,
+                            .row_pieces = row_pieces};
         return {model(), recompute, chunk_tokens, mlp_chunk, mlp_chunk, 1, true, layout, 0, memory_limit};
     }
     LayoutCase on_one_rank() const {
@@ -260,7 +263,7 @@ inline int chunks_of(int kind, int p, int F) {
 inline int round_of(int kind, int p, int F) { return kind == 0 ? 0 : kind == 1 ? p * F : p - 1; }
 
 struct CoveringLayouts {
-    std::vector<int> sizes = {8, 4, 3, 3, int(helix_variants().size()), 4, 2, 2, 2, 2, 3, 2};
+    std::vector<int> sizes = {8, 4, 3, 3, int(helix_variants().size()), 4, 2, 2, 2, 2, 3, 2, 3};
     std::vector<std::vector<int>> rows;  // [layout][axis] value
     std::vector<LayoutCase> threads, processes;
 
@@ -270,6 +273,7 @@ struct CoveringLayouts {
                                                                      {"zb-h1", 1}, {"zb-h2", 1}, {"helix", 1},
                                                                      {"helix", 2}, {"helix", 3}};
         static constexpr int ranks[] = {2, 3, 4, 8};
+        static constexpr int row_pieces[] = {1, 3, 20};  // a chunk has at most 16 rows
         for (const std::vector<int>& row : rows) {
             const auto& [schedule, F] = schedule_folds[row[0]];
             const int p = ranks[row[1]];
@@ -280,6 +284,7 @@ struct CoveringLayouts {
                             .layers = layers_of(row[2], p),
                             .chunks = chunks_of(row[3], p, F),
                             .round_chunks = schedule == std::string("helix") ? round_of(row[10], p, F) : 0,
+                            .row_pieces = schedule == std::string("helix") ? row_pieces[row[12]] : 1,
                             .deferred = 3 * row[11],
                             .helix = helix_variants()[size_t(row[4])],
                             .recompute = recompute_with(helix_variants()[size_t(row[4])], row[5]),

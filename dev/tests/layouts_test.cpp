@@ -79,6 +79,28 @@ TEST(Layouts, RoundsAgreeWithOneRank) {
     summary.print();
 }
 
+// Also more pieces than a chunk has rows.
+TEST(Layouts, RowPiecesAgreeWithOneRank) {
+    Summary summary;
+    for (int F : {1, 2})
+        for (int p : {2, 3})
+            for (int pieces : {2, 5, 17})
+                for (const HelixOptions& helix : helix_variants())
+                    summary.expect_equal({.schedule = "helix",
+                                          .folds = F,
+                                          .ranks = p,
+                                          .layers = p + summary.cases % 3,
+                                          .chunks = p * F + summary.cases % 2,
+                                          .row_pieces = pieces,
+                                          .deferred = summary.cases % 5 == 0 ? 3 : 0,
+                                          .helix = helix,
+                                          .recompute = recompute_with(helix, summary.cases / 7 + summary.cases),
+                                          .documents = summary.cases / 4 % 2 == 1,
+                                          .tied = summary.cases / 2 % 2 == 1,
+                                          .mlp_chunk = summary.cases % 3 == 1 ? 5 : 0});
+    summary.print();
+}
+
 // Ranks that run nothing hold copies of what a spread head needs.
 TEST(Layouts, RanksWithoutWorkAgreeWithOneRank) {
     Summary summary;

@@ -11,6 +11,7 @@
 #include "dev/tests/brute_force.h"
 #include "llmc/pipeline/check.h"
 #include "llmc/pipeline/print.h"
+#include "llmc/pipeline/row_pieces.h"
 #include "llmc/pipeline/schedules/schedules.h"
 
 namespace {
@@ -45,8 +46,8 @@ struct Times {
                                : op.part == Part::attention ? attention
                                : op.part == Part::post      ? post
                                                             : 0;
-        if (op.pass != Pass::B) return forward;
-        return forward * (op.part == Part::attention ? 2 : (op.split ? 1 : 2) + recompute);
+        if (op.pass != Pass::B) return forward / op.pieces;
+        return forward * (op.part == Part::attention ? 2 : (op.split ? 1 : 2) + recompute) / op.pieces;
     }
 };
 
@@ -260,18 +261,25 @@ OpLists unbatched(OpLists lists) {
 }
 
 TEST(Check, RefusesWrongPlans) {
-    const std::vector<std::pair<std::string, ScheduleInput>> plans = {
+    struct Good {
+        std::string name;
+        ScheduleInput in;
+        int pieces = 1;
+    };
+    const std::vector<Good> plans = {
         {"helix", {4, 4, 8, 2}},
         {"helix", {3, 4, 5, 1}},
         {"helix", {2, 3, 5, 1, 1, true, true, false, 2}},  // spread head, rounds of two chunks
+        {"helix", {3, 3, 3, 1}, 2},                        // row pieces
+        {"helix", {2, 3, 2, 2, 1, true, true}, 3},
         {"1f1b", {3, 5, 4}},
         {"gpipe", {2, 2, 3}},
         {"interleaved", {2, 4, 4, 2, 2}},
         {"zb-h2", {3, 3, 6}},
     };
     int tried = 0;
-    for (const auto& [name, in] : plans) {
-        const OpLists good = lists_of(name, in);
+    for (const auto& [name, in, pieces] : plans) {
+        const OpLists whole = lists_of(name, in), good = pieces > 1 ? cut_into_row_pieces(whole, in, pieces) : whole;
         ASSERT_EQ(check_lists(good, in), std::vector<std::string>()) << describe(name, in);
         for (size_t r = 0; r < good.size(); ++r)
             for (size_t i = 0; i < good[r].size(); ++i) {
@@ -287,6 +295,11 @@ TEST(Check, RefusesWrongPlans) {
                 refused(op_name(op), [](auto&, auto& list, auto at) { list.insert(at, *at); });
                 refused("", [&](auto&, auto&, auto at) { at->chunk = (at->chunk + 1) % in.chunks; });
                 refused("", [&](auto&, auto&, auto at) { at->layer += 1; });
+                if (op.pieces > 1) {
+                    refused("", [&](auto&, auto&, auto at) { at->piece = (at->piece + 1) % at->pieces; });
+                    refused("", [&](auto&, auto&, auto at) { at->piece = at->pieces; });
+                }
+                refused("row piece", [&](auto&, auto&, auto at) { at->pieces += 1; });
                 if (op.kind == Kind::compute) {
                     const bool first = op.part == Part::embed && op.pass == Pass::F;
                     if (!first && i > 0)
@@ -316,8 +329,8 @@ TEST(Check, RefusesWrongPlans) {
                     }
                 const auto other_end = [&](auto& list) {
                     return std::find_if(list.begin(), list.end(), [&](const Op& o) {
-                        return o.kind == Kind::receive && std::tie(o.part, o.pass, o.layer, o.chunk) ==
-                                                              std::tie(op.part, op.pass, op.layer, op.chunk);
+                        return o.kind == Kind::receive && std::tie(o.part, o.pass, o.layer, o.chunk, o.piece) ==
+                                                              std::tie(op.part, op.pass, op.layer, op.chunk, op.piece);
                     });
                 };
                 if (op.kind == Kind::send) {
@@ -374,7 +387,7 @@ double bubble(const std::string& name, const Timeline& timeline) {
 }
 
 struct Counts {
-    int proven = 0, rounds = 0, closed = 0, compared = 0;
+    int proven = 0, rounds = 0, cut = 0, closed = 0, compared = 0;
 };
 
 // Draws an instance and tries all schedules on it. Returns what is wrong.
@@ -415,7 +428,9 @@ std::string try_instance(unsigned seed, int number, std::map<std::string, Counts
                                  (times.recompute ? " recompute: " : ": ");
         if (!refusal(schedule, mine).empty()) return what + refusal(schedule, mine);
 
-        const OpLists lists = schedule.lists(mine);
+        const int pieces = name == "helix" ? std::array{1, 2}[size_t(random(0, 1))] : 1;
+        const OpLists lists =
+            pieces > 1 ? cut_into_row_pieces(schedule.lists(mine), mine, pieces) : schedule.lists(mine);
         const std::vector<std::string> problems = check_lists(lists, mine, Waiting::batch);  // implies Waiting::message
         if (!problems.empty()) return what + problems[0];
         for (size_t r = 0; r < lists.size(); ++r)
@@ -424,8 +439,9 @@ std::string try_instance(unsigned seed, int number, std::map<std::string, Counts
                     return what + op_name(op) + " is not on the rank of its owner map";
         ++counts[name].proven;
         counts[name].rounds += mine.round_chunks > 0;
+        counts[name].cut += pieces > 1;
 
-        const double expected = closed_form(name, mine, times);
+        const double expected = pieces > 1 ? -1 : closed_form(name, mine, times);
         if (expected >= 0) {
             const double found = bubble(name, simulate(lists, mine, times, no_time));
             if (found != expected)
@@ -466,16 +482,19 @@ TEST(Schedules, RandomInstances) {
         {
             all_uneven += uneven;
             for (const auto& [name, c] : counts)
-                for (int Counts::*count : {&Counts::proven, &Counts::rounds, &Counts::closed, &Counts::compared})
+                for (int Counts::*count :
+                     {&Counts::proven, &Counts::rounds, &Counts::cut, &Counts::closed, &Counts::compared})
                     total[name].*count += c.*count;
         }
     }
     EXPECT_EQ(all_uneven, 2500);
     for (const auto& [name, c] : total)
         std::printf(
-            "  %-12s %d plans proven, %d in rounds; bubbles: %d equal to the closed form, %d to the brute force\n",
-            name.c_str(), c.proven, c.rounds, c.closed, c.compared);
+            "  %-12s %d plans proven, %d in rounds, %d in row pieces; bubbles: %d equal to the closed form, %d to the "
+            "brute force\n",
+            name.c_str(), c.proven, c.rounds, c.cut, c.closed, c.compared);
     EXPECT_GT(total["helix"].rounds, 2000);
+    EXPECT_GT(total["helix"].cut, 2000);
 }
 
 // Two folds, and blocks whose pre takes a quarter: bubble in units of the blocks' forward and backward.

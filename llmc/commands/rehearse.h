@@ -11,7 +11,7 @@
 inline std::vector<TraceEvent> events_of_list(const std::vector<Op>& list, const std::vector<TraceEvent>& events,
                                               const std::function<int64_t(const Op&)>& message_bytes) {
     const auto name = [](const Op& op) {
-        return std::tuple(op.kind, op.part, op.pass, op.layer, op.chunk, op.peer, op.batch);
+        return std::tuple(op.kind, op.part, op.pass, op.layer, op.chunk, op.piece, op.peer, op.batch);
     };
     std::map<decltype(name(list[0])), const TraceEvent*> found;
     for (const TraceEvent& event : events)

@@ -52,7 +52,7 @@ struct Config {
     struct {
         int64_t ranks = 1;
         std::string schedule = "1f1b";
-        int64_t folds = 2, virtual_stages = 0, round_chunks = 0, defer_weights = 0;
+        int64_t folds = 2, virtual_stages = 0, round_chunks = 0, row_pieces = 1, defer_weights = 0;
         std::string qkv_move = "once", norm_move = "on", spread_head = "auto";
         int64_t hang_timeout = 600;  // seconds
     } parallel;
@@ -232,6 +232,8 @@ inline const std::vector<Flag>& flag_table() {
          "gradients of weights of post that wait for idle time, at most so many on a rank; 0 = none", {0, 1 << 20}},
         {"round-chunks", TRAIN | PLAN | REHEARSE, IN(parallel, round_chunks),
          "helix: chunks that run forward and then backward before the next ones, 0 = all of a step", {0, 1 << 20}},
+        {"row-pieces", TRAIN | EVAL | PLAN | REHEARSE, IN(parallel, row_pieces),
+         "helix: blocks pass their rows on in so many pieces, which hides messages within one fold", {1, 64}},
         {"virtual-stages", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(parallel, virtual_stages),
          "interleaved: stages a rank, 0 = as many as there are layers for", {0, 10000}},
         {"qkv-move", TRAIN | PLAN | REHEARSE, IN(parallel, qkv_move),

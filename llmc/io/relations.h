@@ -155,6 +155,9 @@ inline const std::vector<Relation>& relation_table() {
         {TRAIN | PLAN | REHEARSE, {"round-chunks", "schedule"}, [](const Config& c) {
             return foreign_flag(c, "round-chunks", "helix");
         }},
+        {TRAIN | EVAL | PLAN | REHEARSE, {"row-pieces", "schedule"}, [](const Config& c) {
+            return foreign_flag(c, "row-pieces", "helix");
+        }},
         {TRAIN | PLAN | REHEARSE, {"norm-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "norm-move", "helix"); }},
         {TRAIN | EVAL | PLAN | REHEARSE, {"spread-head", "schedule"}, [](const Config& c) {
             return foreign_flag(c, "spread-head", "helix");

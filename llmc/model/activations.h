@@ -80,6 +80,13 @@ struct PostProductsOf {
     Matrix<typename Types::X> fc;        // [N, 4C], before GELU
     PostProductsOf(Allocator& a, int64_t N, const GptConfig& g)
         : residual(a.take<typename Types::R>(N, g.channels)), fc(a.take<typename Types::X>(N, 4 * g.channels)) {}
+
+    PostProductsOf row_range(int64_t begin, int64_t count) const {
+        PostProductsOf part = *this;
+        part.residual = residual.row_range(begin, count);
+        part.fc = fc.row_range(begin, count);
+        return part;
+    }
 };
 
 template <class Types>
@@ -126,6 +133,14 @@ struct PostGradientsOf {
     Matrix<X> d_fc;             // [N, 4C]
     PostGradientsOf(Allocator& a, int64_t N, const GptConfig& g)
         : d_out(a.take<X>(N, g.channels)), d_middle(a.take<X>(N, g.channels)), d_fc(a.take<X>(N, 4 * g.channels)) {}
+
+    PostGradientsOf row_range(int64_t begin, int64_t count) const {
+        PostGradientsOf part = *this;
+        part.d_out = d_out.row_range(begin, count);
+        part.d_middle = d_middle.row_range(begin, count);
+        part.d_fc = d_fc.row_range(begin, count);
+        return part;
+    }
 };
 using PostGradients = PostGradientsOf<BuildTypes>;
 

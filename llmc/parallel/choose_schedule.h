@@ -36,6 +36,7 @@ inline void choose_schedule(Config& c, Transport& processes) {
         config.parallel.schedule = layout.layout.schedule;
         config.parallel.folds = layout.layout.folds;
         config.parallel.round_chunks = layout.layout.round_chunks;
+        config.parallel.row_pieces = layout.layout.row_pieces;
         config.parallel.virtual_stages = layout.layout.virtual_stages;
     };
     double chosen = 0;  // one more than the index of its layout

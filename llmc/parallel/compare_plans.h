@@ -50,11 +50,15 @@ inline std::vector<RankOptions> layouts_to_compare(const RankOptions& base, int 
                 for (int folds : {1, 2}) {
                     if (!open.folds && folds > 1) break;
                     if (open.folds) o.layout.folds = folds;
-                    each_mode();
-                    if (published || base.layout.round_chunks) continue;
-                    for (int round = p; round <= 4 * p && round < chunks; round *= 2)
-                        o.layout.round_chunks = round, each_mode();
-                    o.layout.round_chunks = 0;
+                    for (const int pieces : {1, 8}) {  // the second fold does what they do
+                        if (pieces > 1 && (published || base.layout.row_pieces > 1 || o.layout.folds > 1)) continue;
+                        o.layout.row_pieces = published ? 1 : std::max(pieces, base.layout.row_pieces);
+                        o.layout.round_chunks = published ? 0 : base.layout.round_chunks;
+                        each_mode();
+                        if (published || base.layout.round_chunks) continue;
+                        for (int round = p; round <= 4 * p && round < chunks; round *= 2)
+                            o.layout.round_chunks = round, each_mode();
+                    }
                 }
             }
         } else if (schedule.name == "interleaved" && open.virtual_stages) {

@@ -59,7 +59,8 @@ inline RankOptions rank_options(const Config& c, const GptConfig& model, bool tr
          .max_chunks = most,
          .min_chunks = least,
          .deferred = int(parallel.defer_weights),
-         .round_chunks = int(parallel.round_chunks)},
+         .round_chunks = int(parallel.round_chunks),
+         .row_pieces = int(parallel.row_pieces)},
         c.launch.ranks > 1 ? c.launch.local_rank : rank};
     const int64_t sharers = c.launch.ranks > 1 ? c.launch.local_ranks : parallel.ranks;
     options.memory_limit = c.compute.memory / sharers;

@@ -75,13 +75,18 @@ struct PlannedStep {
     }
     OpCosts costs(const Cluster& cluster) const { return costs(cluster, chunk_works(options.model, chunks)); }
     OpCosts costs(const Cluster& cluster, const std::vector<ChunkWork>& works) const {
-        return {cluster, sizes, options.model, chunks, works, rules(), options.mlp_chunk, options.head_chunk};
+        return {cluster,
+                sizes,
+                options.model,
+                chunks,
+                works,
+                rules(),
+                options.mlp_chunk,
+                options.head_chunk,
+                options.layout.row_pieces};
     }
     int64_t message_bytes(const Op& op) const {
-        int64_t bytes = 0;
-        for (const Use& use : message_contents(op, rules()))
-            bytes += sizes.tensor(use.tensor, chunks[size_t(op.chunk)], options.model);
-        return bytes;
+        return ::message_bytes(op, rules(), sizes, chunks[size_t(op.chunk)], options.model);
     }
 };
 

@@ -10,6 +10,7 @@
 #include "llmc/pipeline/costs.h"
 #include "llmc/pipeline/defer.h"
 #include "llmc/pipeline/keep.h"
+#include "llmc/pipeline/row_pieces.h"
 #include "llmc/pipeline/schedules/accumulate.h"
 #include "llmc/pipeline/schedules/schedules.h"
 #include "llmc/pipeline/step.h"
@@ -31,6 +32,7 @@ struct Layout {
     int max_chunks = 1, min_chunks = 1;  // of a training step
     int deferred = 0;                    // most gradients of weights of post that wait for idle time
     int round_chunks = 0;                // helix: chunks of a round, 0 = all of the step
+    int row_pieces = 1;                  // helix: of each block and message
 };
 
 // A parameter that this rank holds and others, too.
@@ -70,7 +72,8 @@ struct RankOptions {
             name += ", virtual stages " + std::to_string(schedule_input(1, true, false).virtual_stages);
         if (name == "helix")
             name += ", folds " + std::to_string(layout.folds) + helix_text(layout.helix) +
-                    (layout.round_chunks ? ", rounds of " + std::to_string(layout.round_chunks) : "");
+                    (layout.round_chunks ? ", rounds of " + std::to_string(layout.round_chunks) : "") +
+                    (layout.row_pieces > 1 ? ", " + std::to_string(layout.row_pieces) + " row pieces" : "");
         if (layout.deferred && layout.ranks > 1)
             name += ", up to " + std::to_string(layout.deferred) + " weight gradients deferred";
         return name;
@@ -191,6 +194,7 @@ inline OpLists lists_of(const RankOptions& o, const std::vector<ChunkShape>& sha
         lists = schedule.lists(in);
     }
     if (o.layout.deferred > 0 && training && o.layout.ranks > 1) lists = with_deferred_weights(o, shapes, lists, in);
+    if (o.layout.row_pieces > 1 && o.layout.ranks > 1) lists = cut_into_row_pieces(lists, in, o.layout.row_pieces);
     if (const std::vector<std::string> problems = check_lists(lists, in); !problems.empty())
         throw std::logic_error("the schedule " + o.layout.schedule + " is wrong: " + problems[0]);
     return lists;

@@ -17,7 +17,7 @@ struct RehearsalMessage {
     double posted = 0;  // filled in between processes
     Part part{};
     Pass pass{};
-    int32_t layer = -1, chunk = -1;
+    int32_t layer = -1, chunk = -1, piece = 0;
 };
 
 class RehearsingRank {
@@ -76,14 +76,14 @@ private:
         if (links) return std::make_unique<ThreadLinkTransport>(real, std::move(seconds), *links);
         return std::make_unique<ProcessLinkTransport>(real, std::move(seconds));
     }
-    static RehearsalMessage message_of(const Op& op) { return {0, op.part, op.pass, op.layer, op.chunk}; }
+    static RehearsalMessage message_of(const Op& op) { return {0, op.part, op.pass, op.layer, op.chunk, op.piece}; }
 
     void compute(size_t i) {
         if (const int receive = plan_.receive_of[i]; receive >= 0) {
             const Op& promised = plan_.ops[size_t(receive)];
             const RehearsalMessage& m = messages_[size_t(receive)];
             if (m.part != promised.part || m.pass != promised.pass || m.layer != promised.layer ||
-                m.chunk != promised.chunk)
+                m.chunk != promised.chunk || m.piece != promised.piece)
                 throw std::logic_error("the " + op_name(promised) + " has brought something else");
         }
         if (seconds_[i] > 0) sleep_until(std::max(transport_->arrival, ended_) + seconds_[i]);

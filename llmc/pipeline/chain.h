@@ -45,3 +45,24 @@ struct Chain {
         return op.pass == Pass::F ? forward : 2 * head() - forward;
     }
 };
+
+inline int most_pieces(const std::vector<Op>& list) {
+    int pieces = 1;
+    for (const Op& op : list) pieces = std::max(pieces, op.pieces);
+    return pieces;
+}
+
+// An index for what is kept of every op of every chunk, or of its message. Of several row pieces each has its own; what
+// is whole has that of the last, so that who takes a result as a whole looks for its last piece.
+struct ChainIndex {
+    Chain chain;
+    int chunks, pieces;
+
+    size_t size() const { return size_t(chunks) * size_t(chain.length()) * size_t(pieces); }
+    size_t operator()(const Op& op) const {
+        const size_t position = size_t(op.chunk) * size_t(chain.length()) + size_t(chain.position(op));
+        return position * size_t(pieces) + size_t(op.pieces > 1 ? op.piece : pieces - 1);
+    }
+    // Of what an op takes, the result of the op before it in the chain.
+    size_t input(const Op& op) const { return (*this)(op)-size_t(pieces); }
+};

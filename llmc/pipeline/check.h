@@ -3,7 +3,7 @@
 //   - every op of the model runs exactly once; a part's parameters are on one rank, but for the parts that helix
 //   spreads,
 //     and its backward runs where its forward ran; gradients of weights that a B leaves out are added by one W after
-//     it;
+//     it; a part that runs in row pieces runs them in their order;
 //   - every op has its input, from an op before it on its rank or from a message received before it;
 //   - every message has one send, after its contents are computed, one receive and one reader, and the n-th send of a
 //     rank to another carries what is expected there as the n-th receive;
@@ -21,9 +21,9 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
         int rank = -1, op = -1;
         bool before(int r, int i) const { return rank == r && op < i; }
     };
-    const Chain chain{in.layers, in.training};
-    const int ranks = int(lists.size()), length = chain.length();
-    const auto index = [&](const Op& op) { return size_t(op.chunk) * size_t(length) + size_t(chain.position(op)); };
+    const ChainIndex index = chain_index(lists, in);
+    const Chain& chain = index.chain;
+    const int ranks = int(lists.size()), length = chain.length(), pieces = index.pieces;
     const auto at = [&](Place p) -> const Op& { return lists[size_t(p.rank)][size_t(p.op)]; };
     const auto rank_name = [](int r) { return "rank " + std::to_string(r); };
 
@@ -41,6 +41,11 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
     each([&](int r, int i, const Op& op) {
         if (chain.position(op) < 0 || op.chunk < 0 || op.chunk >= in.chunks)
             return problem(r, op, "is not in the model");
+        const bool rows = op.kind != Kind::compute || op.part == Part::pre || op.part == Part::post;
+        if (op.pieces != pieces && (op.pieces != 1 || op.kind != Kind::compute))
+            return problem(r, op, "is cut into another number of row pieces than others");
+        if (op.piece < 0 || op.piece >= op.pieces || (op.pieces > 1 && (!rows || op.pass == Pass::W)))
+            return problem(r, op, "cannot run on such a row piece");
         if (op.kind == Kind::compute) return;
         const bool first = i == 0 || lists[size_t(r)][size_t(i) - 1].batch != op.batch;
         if (op.peer < 0 || op.peer >= ranks || op.peer == r) problem(r, op, "has no other rank as its peer");
@@ -52,8 +57,7 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
     if (!problems.empty()) return problems;
 
     // Every op once, and where it belongs.
-    std::vector<Place> ran(size_t(in.chunks) * size_t(length)), weights(ran.size()), sent(ran.size()),
-        received(ran.size());
+    std::vector<Place> ran(index.size()), weights(ran.size()), sent(ran.size()), received(ran.size());
     std::vector<int> home(size_t(length), -1);  // [forward position] rank of the parameters
     each([&](int r, int i, const Op& op) {
         const bool message = op.kind != Kind::compute;
@@ -72,21 +76,30 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
     });
     for (int c = 0; c < in.chunks; ++c)
         for (int n = 0; n < length; ++n) {
-            const size_t k = size_t(c) * size_t(length) + size_t(n);
-            if (ran[k].rank < 0) {
-                problems.push_back("no rank runs " + op_name(chain.op(n, c)));
-                continue;
+            const size_t last = index(chain.op(n, c)), first = last - size_t(pieces - 1);
+            const bool whole = ran[last].rank >= 0 && at(ran[last]).pieces == 1;
+            for (size_t k = first; whole && k < last; ++k)
+                if (ran[k].rank >= 0) problem(ran[k].rank, at(ran[k]), "is a piece of what runs as a whole, too");
+            for (size_t k = whole ? last : first; k <= last; ++k) {
+                if (ran[k].rank < 0) {
+                    Op missing = chain.op(n, c);
+                    if (ran[first].rank >= 0) missing.piece = int(k - first), missing.pieces = pieces;
+                    problems.push_back("no rank runs " + op_name(missing));
+                    break;
+                }
+                const Op& op = at(ran[k]);
+                const int r = ran[k].rank;
+                if (k > first && !whole && (ran[k - 1].rank < 0 || !ran[k - 1].before(r, ran[k].op)))
+                    problem(r, op, "does not come after the piece before it on that rank");
+                const Place forward = ran[k - size_t(std::max(0, 2 * (n - chain.head()))) * size_t(pieces)];
+                if (n > chain.head() && forward.rank != r) problem(r, op, "runs apart from its forward");
+                if (op.split != (weights[last].rank >= 0))
+                    problem(r, op,
+                            op.split ? "leaves out the gradients of its weights, and no W adds them"
+                                     : "has added the gradients of its weights, and a W adds them again");
+                else if (op.split && (weights[last].rank != r || weights[last].op < ran[k].op))
+                    problem(weights[last].rank, at(weights[last]), "does not come after its backward on that rank");
             }
-            const Op& op = at(ran[k]);
-            const int r = ran[k].rank;
-            if (n > chain.head() && ran[k - size_t(2 * (n - chain.head()))].rank != r)
-                problem(r, op, "runs apart from its forward");
-            if (op.split != (weights[k].rank >= 0))
-                problem(r, op,
-                        op.split ? "leaves out the gradients of its weights, and no W adds them"
-                                 : "has added the gradients of its weights, and a W adds them again");
-            else if (op.split && (weights[k].rank != r || weights[k].op < ran[k].op))
-                problem(weights[k].rank, at(weights[k]), "does not come after its backward on that rank");
         }
     if (!problems.empty()) return problems;
 
@@ -95,15 +108,24 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
     each([&](int r, int i, const Op& op) {
         const size_t k = index(op);
         if (op.kind == Kind::send) {
-            if (!ran[k].before(r, i)) problem(r, op, "is posted before its contents are computed there");
+            const Place made = ran[ran[k].rank >= 0 ? k : k + size_t(pieces - 1 - op.piece)];
+            if (!made.before(r, i)) problem(r, op, "is posted before its contents are computed there");
             if (received[k].rank != op.peer || at(received[k]).peer != r) problem(r, op, "has no receive at its peer");
         } else if (op.kind == Kind::receive) {
             if (sent[k].rank != op.peer || at(sent[k]).peer != r) problem(r, op, "has no send at its peer");
         } else if (op.pass != Pass::W && chain.position(op) > 0) {
-            if (received[k - 1].before(r, i)) read[k - 1] = true;
-            else if (!ran[k - 1].before(r, i))
+            const size_t input = index.input(op), last = input + size_t(pieces - 1) - input % size_t(pieces);
+            const Place from = ran[input].rank >= 0 ? ran[input] : ran[last];
+            if (received[input].before(r, i)) {
+                for (size_t n = op.pieces > 1 ? input : last - size_t(pieces - 1); n <= input; ++n) {
+                    read[n] = true;
+                    if (received[n].rank != r) problem(r, op, "lacks its input: a piece of it is not received there");
+                    else if (n < input && at(received[n]).batch >= at(received[input]).batch)
+                        problem(r, op, "would not wait for all pieces of its input, which come out of order");
+                }
+            } else if (!from.before(r, i))
                 problem(r, op,
-                        "lacks its input: " + op_name(at(ran[k - 1])) + " runs on " + rank_name(ran[k - 1].rank) +
+                        "lacks its input: " + op_name(at(from)) + " runs on " + rank_name(from.rank) +
                             ", and nothing brings its result in time");
         }
     });
@@ -141,7 +163,7 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
                 expect(*op, left.emplace(op->layer, op->peer).second);
         for (const Op& op : list)
             if (op.part == Part::pre && op.pass == Pass::B && op.kind == Kind::compute) {
-                const Place from = received[index(op) - 1];
+                const Place from = received[index.input(op)];
                 expect(op, from.rank == r && at(from).weights);
             }
     }

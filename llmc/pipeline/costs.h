@@ -27,13 +27,14 @@ struct OpTimes {
         const double block = backward && !op.split ? 2 : 1;
         switch (op.part) {
             case Part::pre:
-                return block * t.pre + (recomputes && rules.apart && rules.helix.move_qkv ? t.pre : 0);
+                return (block * t.pre + (recomputes && rules.apart && rules.helix.move_qkv ? t.pre : 0)) / op.pieces;
             case Part::attention:
                 return (backward ? 2 : 1) * t.attention + (recomputes && full && rules.apart ? t.attention : 0) +
                        (recomputes && !full && !rules.apart ? t.pre : 0);
             case Part::post:
-                return block * t.post + (recomputes && !rules.keeps_post(op.layer) ? t.post : 0) +
-                       (backward && full && !rules.apart ? t.pre + t.attention : 0);
+                return (block * t.post + (recomputes && !rules.keeps_post(op.layer) ? t.post : 0) +
+                        (backward && full && !rules.apart ? t.pre + t.attention : 0)) /
+                       op.pieces;
             default:
                 return 0;
         }
@@ -214,16 +215,26 @@ inline OpWork op_work(const Op& op, const ChunkShape& shape, const ChunkWork& ch
     return work;
 }
 
-// Times of all ops and messages of a step in ms. Computed once for chunks that are alike.
+// Of all devices of the rank together.
+inline int64_t message_bytes(const Op& op, const TensorRules& rules, const ElementSizes& sizes, ChunkShape chunk,
+                             const GptConfig& g) {
+    chunk.tokens = piece_rows(op, chunk.tokens).count;
+    int64_t bytes = 0;
+    for (const Use& use : message_contents(op, rules)) bytes += sizes.tensor(use.tensor, chunk, g);
+    return bytes;
+}
+
+// Times of all ops and messages of a step in ms. Computed once for chunks that are alike. `pieces`: of its row pieces.
 class OpCosts {
 public:
     OpCosts(Cluster cluster, const ElementSizes& sizes, const GptConfig& g, const std::vector<ChunkShape>& chunks,
-            const TensorRules& rules, int64_t mlp_chunk = 0, int64_t head_chunk = 0)
-        : OpCosts(std::move(cluster), sizes, g, chunks, chunk_works(g, chunks), rules, mlp_chunk, head_chunk) {}
+            const TensorRules& rules, int64_t mlp_chunk = 0, int64_t head_chunk = 0, int pieces = 1)
+        : OpCosts(std::move(cluster), sizes, g, chunks, chunk_works(g, chunks), rules, mlp_chunk, head_chunk, pieces) {}
     // With other work in the chunks than that of whole sequences of the context.
     OpCosts(Cluster cluster, const ElementSizes& sizes, const GptConfig& g, const std::vector<ChunkShape>& chunks,
-            const std::vector<ChunkWork>& chunk_works, const TensorRules& rules, int64_t mlp_chunk, int64_t head_chunk)
-        : cluster_(std::move(cluster)), layers_(rules.layers) {
+            const std::vector<ChunkWork>& chunk_works, const TensorRules& rules, int64_t mlp_chunk, int64_t head_chunk,
+            int pieces)
+        : cluster_(std::move(cluster)), helix_(rules.helix), layers_(rules.layers) {
         std::vector<ChunkWork> works;  // that differ
         const Chain chain{rules.layers, rules.training};
         for (size_t c = 0; c < chunks.size(); ++c) {
@@ -233,29 +244,33 @@ public:
             if (kind < works.size()) continue;
             works.push_back(chunk);
             times_.resize(works.size() * ops_of_kind()), bytes_.resize(times_.size());
-            ChunkShape rows = chunks[c];
-            rows.tokens = chunk.tokens;  // that messages carry
+            ChunkShape moved = chunks[c];
+            moved.tokens = chunk.tokens;  // by messages
             for (int n = 0; n < chain.length(); ++n) {
                 Op op = chain.op(n, int(c));
-                for (bool weights : {false, true}) {
-                    op.weights = weights;
-                    int64_t& bytes = bytes_[message_index(op)];
-                    for (const Use& use : message_contents(op, rules)) bytes += sizes.tensor(use.tensor, rows, g);
-                }
-                op.weights = false;
+                op.pieces = pieces;
+                for (const bool weights : {false, true})
+                    for (const int piece : {0, pieces - 1}) {
+                        op.weights = weights, op.piece = piece;
+                        bytes_[message_index(op)] = ::message_bytes(op, rules, sizes, moved, g);
+                    }
+                op.weights = false, op.piece = 0;
                 const bool block = op.pass == Pass::B && (op.part == Part::pre || op.part == Part::post);
                 const auto add = [&] {
-                    times_[index(op)] = ms(op_work(op, chunks[c], chunk, g, rules, sizes, cluster_.matrix_efficiency,
+                    ChunkWork rows = chunk;
+                    rows.tokens = std::max<int64_t>(1, rows.tokens / op.pieces);
+                    times_[index(op)] = ms(op_work(op, chunks[c], rows, g, rules, sizes, cluster_.matrix_efficiency,
                                                    mlp_chunk, head_chunk),
-                                           chunk, double(g.channels * sizes.x));
+                                           rows, double(g.channels * sizes.x));
                 };
                 const Pass pass = op.pass;
-                for (const bool keeps : {false, true}) {
-                    op.keeps = keeps, op.pass = pass, add();
-                    if (!block) continue;
-                    op.split = true, add();
-                    op.split = false, op.pass = Pass::W, add();
-                }
+                for (const bool keeps : {false, true})
+                    for (const int of : {1, pieces}) {
+                        op.keeps = keeps, op.pass = pass, op.pieces = of, add();
+                        if (!block) continue;
+                        op.split = true, add();
+                        op.split = false, op.pass = Pass::W, add();
+                    }
             }
         }
     }
@@ -273,18 +288,21 @@ public:
 
 private:
     Cluster cluster_;
+    HelixOptions helix_;
     int layers_;
     std::vector<size_t> kind_of_;  // [chunk]
-    std::vector<double> times_;    // [kind][layer + 1][part][pass][split][keeps]
+    std::vector<double> times_;    // [kind][layer + 1][part][pass][split][keeps][in pieces]
     std::vector<int64_t> bytes_;
 
-    size_t ops_of_kind() const { return size_t(layers_ + 1) * 5 * 3 * 2 * 2; }
+    size_t ops_of_kind() const { return size_t(layers_ + 1) * 5 * 3 * 2 * 2 * 2; }
     size_t index(const Op& op) const {
         return kind_of_[size_t(op.chunk)] * ops_of_kind() +
-               (((size_t(op.layer + 1) * 5 + size_t(op.part)) * 3 + size_t(op.pass)) * 2 + op.split) * 2 + op.keeps;
+               ((((size_t(op.layer + 1) * 5 + size_t(op.part)) * 3 + size_t(op.pass)) * 2 + op.split) * 2 + op.keeps) *
+                   2 +
+               (op.pieces > 1);
     }
     size_t message_index(Op op) const {  // no message is split, and no time depends on weights
-        op.split = op.weights, op.keeps = false;
+        op.split = helix_.weights_with(op), op.keeps = false;
         return index(op);
     }
 

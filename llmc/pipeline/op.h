@@ -29,7 +29,18 @@ struct Op {
     bool weights = false;
     // Where products are recomputed: this part keeps their outputs all the same, since there is memory for them.
     bool keeps = false;
+    // Row pieces (row_pieces.h): this op or message is for one of so many pieces of its chunk's rows.
+    int piece = 0, pieces = 1;
 };
+
+// The rows of an op's piece, of a chunk with N of them. Those of few rows may have none.
+struct RowRange {
+    int64_t begin, count;
+};
+inline RowRange piece_rows(const Op& op, int64_t N) {
+    const int64_t begin = N * op.piece / op.pieces;
+    return {begin, N * (op.piece + 1) / op.pieces - begin};
+}
 
 inline const char* part_name(Part part) {
     static const char* const names[] = {"embed", "pre", "attention", "post", "head"};
@@ -52,6 +63,7 @@ inline std::string op_name(const Op& op) {
                                : (send ? "send of " : "receive of ") + std::string(message_name(op));
     if (op.layer >= 0) name += " layer " + std::to_string(op.layer);
     name += " chunk " + std::to_string(op.chunk);
+    if (op.pieces > 1) name += " piece " + std::to_string(op.piece + 1) + " of " + std::to_string(op.pieces);
     return compute ? name : name + (send ? " to rank " : " from rank ") + std::to_string(op.peer);
 }
 
@@ -108,6 +120,11 @@ struct HelixOptions {
     bool spread_head = true;
 
     bool as_published() const { return move_qkv && !weights_once && !move_norm && !spread_head; }
+    // Whether an op or message of a layer has weights or their gradients with it. Of row pieces, weights come with the
+    // first one, and their gradients with the last.
+    bool weights_with(const Op& op) const {
+        return move_qkv && (weights_once ? op.weights : op.piece == (op.pass == Pass::F ? 0 : op.pieces - 1));
+    }
 };
 
 // What is not as it is by default.
@@ -161,23 +178,22 @@ struct Use {
 // attention parallel partition; there the residual stream makes a detour over the rank of the attention).
 inline std::vector<Use> message_contents(const Op& op, const TensorRules& rules) {
     const int l = op.layer;
-    const Access access = op.kind == Kind::send ? Access::read : Access::create;
+    const Access whole = op.kind == Kind::send ? Access::read : Access::create;
+    const Access access = op.kind == Kind::receive && op.piece > 0 ? Access::update : whole;
     std::vector<Use> list;
     const auto carry = [&](Tensor tensor, int layer) { list.push_back({tensor, layer, op.chunk, access}); };
-    const bool move = rules.helix.move_qkv, once = rules.helix.weights_once, weights = !once || op.weights;
+    const bool move = rules.helix.move_qkv, once = rules.helix.weights_once, weights = rules.helix.weights_with(op);
     const bool norm = rules.helix.move_norm;
     if (op.pass == Pass::F) {
         if (op.part == Part::pre && move && !norm) carry(Tensor::ln1, l);
-        if (op.part == Part::pre && move && weights)
-            list.push_back({Tensor::qkv_weights, l, once ? -1 : op.chunk, access});
+        if (op.part == Part::pre && weights) list.push_back({Tensor::qkv_weights, l, once ? -1 : op.chunk, whole});
         if (op.part == Part::pre && !move) carry(Tensor::qkv, l);
         carry(Tensor::residual, op.part == Part::post || op.part == Part::embed ? l + 1 : l);
         if (op.part == Part::attention) carry(Tensor::attention_out, l);
     } else {
         if (op.part == Part::attention && move && !norm) carry(Tensor::d_ln1, l);
-        if (op.part == Part::attention && move &&
-            weights)  // one sum where they leave; one from each rank where they arrive
-            list.push_back({Tensor::d_qkv_weights, l, once && op.kind == Kind::send ? -1 : op.chunk, access});
+        if (op.part == Part::attention && weights)  // one sum where they leave; one from each rank where they arrive
+            list.push_back({Tensor::d_qkv_weights, l, once && op.kind == Kind::send ? -1 : op.chunk, whole});
         if (op.part == Part::attention && !move) carry(Tensor::d_qkv, l);
         carry(Tensor::d_residual, -1);
         if (op.part == Part::post) carry(Tensor::d_attention, l);
@@ -195,7 +211,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
     const Recompute mode = rules.mode(op);
     const bool sliced = s >= 0, none = mode == Recompute::none, elementwise = mode == Recompute::elementwise;
     const bool apart = rules.apart, move = rules.helix.move_qkv, once = rules.helix.weights_once;
-    const bool norm = rules.helix.move_norm, again = rules.sends_again();
+    const bool norm = rules.helix.move_norm, again = rules.sends_again(), weights = rules.helix.weights_with(op);
     std::vector<Use> list;
     const auto use = [&](Access access, std::initializer_list<Tensor> tensors, int layer) {
         for (Tensor tensor : tensors) list.push_back({tensor, layer, c, access});
@@ -283,11 +299,11 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
                 if (norm) update_d_residual();
                 else if (move) create({Tensor::d_ln1});
                 if (move)
-                    list.push_back({Tensor::d_qkv_weights, l, once ? -1 : c,
-                                    !once || op.weights ? Access::create : Access::update});
+                    list.push_back(
+                        {Tensor::d_qkv_weights, l, once ? -1 : c, weights ? Access::create : Access::update});
                 break;
             case Part::pre:
-                if (move && (!once || op.weights)) read({Tensor::d_qkv_weights});
+                if (weights) read({Tensor::d_qkv_weights});
                 if (norm || rules.one_block(l)) break;
                 read({Tensor::residual, move ? Tensor::d_ln1 : Tensor::d_qkv});
                 if ((apart && !none) || elementwise) create({Tensor::ln1, Tensor::ln1_stats});
@@ -304,5 +320,7 @@ inline std::vector<Use> uses(const Op& op, const ChunkShape& shape, const Tensor
             read(
                 {Tensor::d_post, kept_post == Tensor::post ? kept_post : Tensor::post_products, Tensor::attention_out});
     }
+    for (Use& use : list)  // the first piece has created it
+        if (use.access == Access::create && op.piece > 0) use.access = Access::update;
     return list;
 }

@@ -31,7 +31,7 @@ struct Plan {
     std::vector<ChunkShape> chunks;
     TensorRules rules;
     std::vector<std::vector<PlacedUse>> memory = {};  // [op][use]
-    std::vector<int> receive_of = {};                 // [op] the receive that brings a compute op its input, or -1
+    std::vector<int> receive_of = {};  // [op] the receive that brings a compute op the last of its input, or -1
     std::vector<PlannedTensor> tensors = {};
     ArenaSize size = {};
 
@@ -123,19 +123,15 @@ using TensorBytes = int64_t (*)(Tensor, const ChunkShape&, const GptConfig&);
 inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, const GptConfig& g,
                       const TensorRules& rules, TensorBytes bytes = tensor_bytes<BuildTypes>, int64_t enough = 0) {
     Plan plan{std::move(list), std::move(chunks), rules};
-    const Chain chain{rules.layers, rules.training};
+    const ChainIndex index{{rules.layers, rules.training}, int(plan.chunks.size()), most_pieces(plan.ops)};
     const int count = int(plan.ops.size());
     std::unordered_map<uint64_t, size_t> alive;   // the latest tensor of each kind, layer and owner
-    std::vector<int> received;                    // [chunk][position in the chain] op that receives its result, or -1
+    std::vector<int> received(index.size(), -1);  // [op] that receives its result, or -1
     std::map<std::pair<int, int>, int> slice;     // [layer, store] chunk whose attention ran last
     std::vector<std::pair<int, size_t>> sending;  // batch, tensor
     std::vector<std::vector<size_t>> used(plan.ops.size());
     alive.reserve(plan.ops.size());
-    received.assign(plan.chunks.size() * size_t(chain.length()), -1);
     plan.memory.reserve(plan.ops.size());
-    const auto received_at = [&](const Op& op, int before) -> int& {
-        return received[size_t(op.chunk) * size_t(chain.length()) + size_t(chain.position(op) - before)];
-    };
     const auto live_until = [&](size_t tensor, int op) {
         int& last = plan.tensors[tensor].life.last;
         last = std::max(last, op);
@@ -144,9 +140,9 @@ inline Plan make_plan(std::vector<Op> list, std::vector<ChunkShape> chunks, cons
         const Op& op = plan.ops[size_t(i)];
         const ChunkShape& shape = plan.chunks[size_t(op.chunk)];
         plan.receive_of.push_back(-1);
-        if (op.kind == Kind::receive) received_at(op, 0) = i;
-        if (op.kind == Kind::compute && op.pass != Pass::W && chain.position(op) > 0)
-            if (const int input = received_at(op, 1); input >= 0) {
+        if (op.kind == Kind::receive) received[index(op)] = i;
+        if (op.kind == Kind::compute && op.pass != Pass::W && index.chain.position(op) > 0)
+            if (const int input = received[index.input(op)]; input >= 0) {
                 plan.receive_of.back() = input;
                 std::erase_if(sending, [&](const auto& send) {
                     const bool complete = send.first < plan.ops[size_t(input)].batch;

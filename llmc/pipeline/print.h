@@ -3,6 +3,7 @@
 //   Pk.mi          block k on chunk i: post(k-1) and pre(k), the embedding in block 0, the head in block L
 //   Ak.mi          attention of layer k on chunk i
 //   P~k.mi Pwk.mi  backward, weight gradients
+//   Pk.mi/n        its n-th row piece
 //   <>q            the exchange with rank q posted after these, be it both ways or one
 //   (recvq recvq)  receives posted by themselves
 #pragma once
@@ -15,7 +16,7 @@ inline std::string print_list(const std::vector<Op>& list, const ScheduleInput& 
         const bool attention = op.part == Part::attention;
         const int number = attention ? op.layer : Chain{in.layers, in.training}.block(op.part, op.layer);
         return (attention ? "A" : "P") + std::string(passes[int(op.pass)]) + std::to_string(number) + ".m" +
-               std::to_string(op.chunk);
+               std::to_string(op.chunk) + (op.pieces > 1 ? "/" + std::to_string(op.piece + 1) : "");
     };
     std::string line, last;
     for (size_t i = 0; i < list.size();) {

@@ -39,16 +39,16 @@ struct Timeline {
 };
 
 // For each op the index of another one in a list, -1 where there is none: for a compute op of the receive of its input,
-// for a send or receive of its other end in the list of its peer. The n-th send from one rank to another meets the n-th
-// receive there.
+// of several pieces the last, for a send or receive of its other end in the list of its peer. The n-th send from one
+// rank to another meets the n-th receive there.
 inline std::vector<std::vector<int>> link_ops(const OpLists& lists, const ScheduleInput& in) {
     struct Place {
         int rank = -1, op = -1;
     };
-    const Chain chain{in.layers, in.training};
-    const size_t p = lists.size(), length = size_t(chain.length());
-    std::vector<Place> receive(size_t(in.chunks) * length);  // of the result of [chunk][position]
-    std::vector<std::vector<int>> sends(p * p);              // [from][to], then those not yet met
+    const ChainIndex index = chain_index(lists, in);
+    const size_t p = lists.size();
+    std::vector<Place> receive(index.size());    // of the result of [op]
+    std::vector<std::vector<int>> sends(p * p);  // [from][to], then those not yet met
     std::vector<size_t> met(p * p);
     std::vector<std::vector<int>> links(p);
     for (size_t r = 0; r < p; ++r) {
@@ -60,12 +60,11 @@ inline std::vector<std::vector<int>> link_ops(const OpLists& lists, const Schedu
         for (size_t i = 0; i < lists[r].size(); ++i) {
             const Op& op = lists[r][i];
             if (op.kind == Kind::send) continue;
-            const size_t position = size_t(op.chunk) * length + size_t(chain.position(op));
             if (op.kind == Kind::compute) {
-                if (op.pass == Pass::W || position % length == 0) continue;
-                if (const Place from = receive[position - 1]; from.rank == int(r)) links[r][i] = from.op;
+                if (op.pass == Pass::W || index.chain.position(op) == 0) continue;
+                if (const Place from = receive[index.input(op)]; from.rank == int(r)) links[r][i] = from.op;
             } else {
-                receive[position] = {int(r), int(i)};
+                receive[index(op)] = {int(r), int(i)};
                 const size_t pair = size_t(op.peer) * p + r;
                 if (met[pair] == sends[pair].size()) continue;
                 links[r][i] = sends[pair][met[pair]++];

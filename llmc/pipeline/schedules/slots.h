@@ -21,6 +21,12 @@ struct ScheduleInput {
 
 using OpLists = std::vector<std::vector<Op>>;  // [rank][op]
 
+inline ChainIndex chain_index(const OpLists& lists, const ScheduleInput& in) {
+    int pieces = 1;
+    for (const std::vector<Op>& list : lists) pieces = std::max(pieces, most_pieces(list));
+    return {{in.layers, in.training}, in.chunks, pieces};
+}
+
 struct Slot {
     std::vector<Op> ops = {};    // what a rank runs between two exchanges; none where it has nothing to do
     std::vector<Op> later = {};  // run once the exchange is posted, since nobody waits for them: weight gradients
