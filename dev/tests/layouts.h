@@ -40,6 +40,7 @@ struct LayoutCase {
     int64_t mlp_chunk = 0;
     int64_t chunk_tokens = 16;  // fewer than the context: sequences are cut into slices
     int64_t memory_limit = 0;   // bytes of each rank, for recompute `automatic`
+    bool output_again = false;  // as where cuDNN attends
 
     std::string text() const {
         std::string name = schedule;
@@ -53,7 +54,8 @@ struct LayoutCase {
         return name + " p=" + std::to_string(ranks) + " L=" + std::to_string(layers) + " m=" + std::to_string(chunks) +
                " recompute " + recompute_names[int(recompute)] + (documents ? " documents" : " windows") +
                (tied ? " tied" : " untied") + " mlp-chunk " + std::to_string(mlp_chunk) + " chunks of " +
-               std::to_string(chunk_tokens) + (memory_limit ? " in " + std::to_string(memory_limit) + " bytes" : "");
+               std::to_string(chunk_tokens) + (memory_limit ? " in " + std::to_string(memory_limit) + " bytes" : "") +
+               (output_again ? " output again" : "");
     }
     GptConfig model() const { return {layers, 16, 2, 16, 50, 64, tied}; }
     RankOptions options(int rank, int max_chunks) const {
@@ -66,11 +68,12 @@ struct LayoutCase {
                             .deferred = deferred,
                             .round_chunks = round_chunks,
                             .row_pieces = row_pieces};
-        return {model(), recompute, chunk_tokens, mlp_chunk, mlp_chunk, 1, true, layout, 0, memory_limit};
+        return {model(), recompute, chunk_tokens, mlp_chunk, mlp_chunk, 1, true, layout, 0, memory_limit, output_again};
     }
     LayoutCase on_one_rank() const {
         LayoutCase one = *this;
-        one.ranks = 1, one.recompute = Recompute::none, one.mlp_chunk = 0, one.memory_limit = 0;
+        one.ranks = 1, one.recompute = Recompute::none, one.mlp_chunk = 0, one.memory_limit = 0,
+        one.output_again = false;
         return one;
     }
 

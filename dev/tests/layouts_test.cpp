@@ -101,6 +101,27 @@ TEST(Layouts, RowPiecesAgreeWithOneRank) {
     summary.print();
 }
 
+// What travels where cuDNN attends, which computes D itself.
+TEST(Layouts, OutputsSentAgainAgreeWithOneRank) {
+    Summary summary;
+    for (int p : {2, 3})
+        for (int pieces : {1, 3})
+            for (const HelixOptions& helix : helix_variants())
+                for (Recompute recompute : {Recompute::elementwise, Recompute::without_attention}) {
+                    if (!helix.move_norm) continue;
+                    summary.expect_equal({.schedule = "helix",
+                                          .folds = 1 + summary.cases % 2,
+                                          .ranks = p,
+                                          .layers = p + 1,
+                                          .chunks = 2 * p,
+                                          .row_pieces = pieces,
+                                          .helix = helix,
+                                          .recompute = recompute,
+                                          .output_again = true});
+                }
+    summary.print();
+}
+
 // Ranks that run nothing hold copies of what a spread head needs.
 TEST(Layouts, RanksWithoutWorkAgreeWithOneRank) {
     Summary summary;

@@ -48,8 +48,9 @@ struct RankOptions {
     int threads = 1;
     bool training = true;  // without: weights, and activations of the forward pass
     Layout layout = {};
-    int local_rank = 0;        // among those of its host, which share its GPUs
-    int64_t memory_limit = 0;  // bytes of the rank, for recompute `automatic`
+    int local_rank = 0;         // among those of its host, which share its GPUs
+    int64_t memory_limit = 0;   // bytes of the rank, for recompute `automatic`
+    bool output_again = false;  // helix: attention outputs come again, not D, as they do where cuDNN attends
 #ifdef USE_CUDA
     bool cudnn = true;           // where the program has it
     bool deterministic = false;  // the same bits every time; cuDNN's backward pass wants memory for that,
@@ -147,7 +148,7 @@ inline TensorRules RankOptions::tensor_rules(bool training) const {
     if (recompute == Recompute::automatic) rules.recompute = Recompute::without_attention;
     rules.apart = layout.ranks > 1 && layout.schedule == "helix";
     if (rules.apart) rules.helix = layout.helix;
-    if (why_not_cudnn(*this).empty()) rules.output_sent_again = Tensor::attention_out;
+    if (output_again || why_not_cudnn(*this).empty()) rules.output_sent_again = Tensor::attention_out;
     return rules;
 }
 
