@@ -27,6 +27,7 @@
 #include "llmc/parallel/choose_schedule.h"
 #include "llmc/parallel/compare_layouts.h"
 #include "llmc/parallel/memory.h"
+#include "llmc/parallel/planned_run.h"
 #include "llmc/parallel/rank.h"
 #include "llmc/parallel/team.h"
 #include "llmc/pipeline/run.h"
@@ -583,9 +584,9 @@ struct Job {
     Loader loader;
     std::optional<Loader> val_loader;
     Signals& signals;
-    double peak_gflops;                // of all ranks together
-    std::optional<double> planned_ms;  // of a step, where the machine is described
-    int64_t used_before;               // bytes of the device before the ranks begin
+    double peak_gflops;              // of all ranks together
+    std::optional<Cluster> cluster;  // this machine, where it is described
+    int64_t used_before;             // bytes of the device before the ranks begin
 };
 
 // A run in progress on one rank: where it stands. Rank 0 alone writes the metrics and speaks.
@@ -598,6 +599,7 @@ struct Training {
     bool validation_pending = false;  // which a signal has cost its validation loss
     std::optional<MetricsWriter> metrics = {};
     std::optional<Console> console = {};
+    std::optional<PlannedRun> planned = {};
 
     void note(const std::string& text) {
         if (console) console->note(text);
@@ -793,7 +795,7 @@ int training_loop(Training& run) {
                            .mfu = step.flops / seconds / (job.peak_gflops * 1e9),
                            .bubble = transport.ranks > 1 ? std::optional(bubble) : std::nullopt,
                            .memory_bytes = threads ? used_on_device() : int64_t(resident),
-                           .planned_ms = job.planned_ms};
+                           .planned_ms = run.planned ? std::optional(run.planned->step_ms(step)) : std::nullopt};
         run.log(run.last_record);
         stop = stop_votes > 0 || run.validation_pending;
         if (number == first_step + 3) note_memory(run);
@@ -919,6 +921,7 @@ int train_rank(const Job& job, Transport& transport) {
         const int64_t logged = run.state.step > 0 ? run.state.step - run.validation_pending : -1;
         run.metrics.emplace(c.run.dir + "/metrics.jsonl", logged);
         run.console.emplace(c.training.steps, c.launch.ranks == 1 && ::isatty(STDOUT_FILENO));
+        if (job.cluster) run.planned.emplace(*job.cluster, run.rank.options);
     });
     try {
         return training_loop(run);
@@ -966,7 +969,7 @@ int train_command(Config c, Team& team) {
         if (speaks) peak = measure_matrix_peak(threads);
         peak *= double(c.parallel.ranks) / team.local_ranks(int(c.parallel.ranks));
         job.emplace(c, tokenizer, std::move(loader), std::move(val_loader), *signals, peak,
-                    speaks ? planned_step_ms(c) : std::nullopt, used_on_device());
+                    speaks ? cluster_of_this_run(c) : std::nullopt, used_on_device());
     });
     if (dry_run) return 0;
     return team.run(int(c.parallel.ranks), double(c.parallel.hang_timeout),

@@ -7,8 +7,7 @@
 //
 //   build/bench/pipeline_overhead [--json] [--rounds 5] [--steps 3] [--recompute none|without-attention|full]
 //                                 [--case "bytes 16x512"] [--schedule "helix F=2"]
-#define TESTING
-#include "train_gpt.cu"
+#include "dev/bench/training_steps.h"
 
 struct Workload {
     std::string name;
@@ -33,26 +32,8 @@ struct Measured {
     }
 };
 
-double median(std::vector<double> values) {
-    if (values.empty()) return NAN;
-    std::nth_element(values.begin(), values.begin() + long(values.size() / 2), values.end());
-    return values[values.size() / 2];
-}
-
-Batch random_batch(const Workload& work) {
-    Batch batch;
-    uint64_t count = 0;
-    for (int c = 0; c < work.chunks; ++c) {
-        Sample sample;
-        for (int64_t t = 0; t < work.chunk_tokens; ++t) {
-            sample.tokens.push_back(int32_t(uniform(1, 0, count++) * double(work.model.vocab)));
-            sample.targets.push_back(int32_t(uniform(1, 1, count++) * double(work.model.vocab)));
-        }
-        batch.tokens += work.chunk_tokens;
-        batch.targets += work.chunk_tokens;
-        batch.sequences.push_back(std::move(sample));
-    }
-    return batch;
+Batch batch_of(const Workload& work) {
+    return random_batch(work.model, std::vector<int64_t>(size_t(work.chunks), work.chunk_tokens));
 }
 
 RankOptions options_for(const Workload& work, Recompute recompute, const Pipeline& pipeline, int ranks, int rank) {
@@ -73,11 +54,6 @@ RankOptions options_for(const Workload& work, Recompute recompute, const Pipelin
     return options;
 }
 
-void initialize(Rank& rank) {
-    initialize_parameters(rank.master, rank.parameters, rank.options.model, 1);
-    round_weights(rank);
-}
-
 // The bubble, as a part of all ranks' time, of a step whose ops take op_seconds(op) and whose messages take no time.
 template <class OpSeconds>
 double simulated_bubble(const RankOptions& options, int chunks, const OpSeconds& op_seconds) {
@@ -89,52 +65,23 @@ double simulated_bubble(const RankOptions& options, int chunks, const OpSeconds&
 
 // `steps` steps after one that does not count, on the ranks of a team.
 Measured run_steps(const Workload& work, Recompute recompute, const Pipeline& pipeline, int ranks, int steps) {
+    const auto options = [&](int rank) { return options_for(work, recompute, pipeline, ranks, rank); };
     Measured measured;
-    const Batch batch = random_batch(work);
-    Team team{Launch{}};
-    team.run(ranks, 600, [&](Transport& transport) {
-        Rank rank(options_for(work, recompute, pipeline, ranks, transport.rank), transport);
-        initialize(rank);
-        const Step step = prepare_step(batch, work.chunk_tokens, work.model);
-        const Plan& plan = rank.plan_for(step.group_sizes, true);
-        for (int n = 0; n <= steps; ++n) {
-            transport.all_gather("");
-            rank.trace.emplace(plan.ops.size() * 2);
-            const double start = seconds_now(), busy_before = rank.busy_seconds, post_before = rank.post_seconds;
-            fill_zero(rank.device, rank.gradients, flat_size(rank.parameters));
-            const double ops_start = seconds_now();
-            double loss = run_ops(rank, plan, step, floatS(1.0 / double(step.targets)));
-            const double ops_end = seconds_now();
-            sum_shared_gradients(rank);
-            transport.sum({&loss, 1});
-            const double norm = gradient_norm(rank);
-            update_parameters(rank, {1e-4, 0.9, 0.95, 1e-8, 0.1, n + 1, norm > 1 ? 1 / norm : 1});
-            transport.all_gather("");
-            const double end = seconds_now();
-
-            double waited = 0;
-            for (const TraceEvent& event : rank.trace->events())
-                if (event.kind == EventKind::wait) waited += 1e-3 * (event.end - event.start);
-            std::map<std::tuple<Part, Pass, int, int>, double> seconds_of;  // the ops of all ranks
-            const auto key = [](const Op& op) { return std::tuple(op.part, op.pass, op.layer, op.chunk, op.piece); };
-            for (const std::string& text : transport.all_gather(pack_events(rank.trace->events())))
-                for (const TraceEvent& event : unpack_events(text))
-                    if (event.kind == EventKind::compute) seconds_of[key(event.op)] = event.end - event.start;
-            const double busy = rank.busy_seconds - busy_before, copied = rank.post_seconds - post_before;
-            double totals[] = {busy, copied, ops_end - ops_start - busy - copied - waited};
-            transport.sum(totals);
-            if (rank.index != 0 || n == 0) continue;
-            const double all = ranks * (ops_end - ops_start);
-            measured.step_seconds.push_back(end - start);
-            measured.bubble.push_back(1 - totals[0] / all);
-            if (ranks > 1)
-                measured.replayed.push_back(
-                    simulated_bubble(rank.options, work.chunks, [&](const Op& op) { return seconds_of.at(key(op)); }));
-            measured.copy.push_back(totals[1] / all);
-            measured.loop.push_back(totals[2] / all);
-        }
-        return 0;
-    });
+    for (const TimedStep& step : timed_steps(ranks, batch_of(work), steps, options).steps) {
+        const auto key = [](const Op& op) { return std::tuple(op.part, op.pass, op.layer, op.chunk, op.piece); };
+        std::map<std::tuple<Part, Pass, int, int, int>, double> seconds_of;  // the ops of all ranks
+        for (const RankStep& rank : step.ranks)
+            for (const TraceEvent& event : rank.events)
+                if (event.kind == EventKind::compute) seconds_of[key(event.op)] = event.end - event.start;
+        const double all = ranks * step.ops;
+        measured.step_seconds.push_back(step.step);
+        measured.bubble.push_back(1 - step.sum(&RankStep::busy) / all);
+        if (ranks > 1)
+            measured.replayed.push_back(
+                simulated_bubble(options(0), work.chunks, [&](const Op& op) { return seconds_of.at(key(op)); }));
+        measured.copy.push_back(step.sum(&RankStep::copied) / all);
+        measured.loop.push_back(step.sum(&RankStep::loop) / all);
+    }
     return measured;
 }
 
@@ -151,7 +98,7 @@ std::map<OpKind, double> op_seconds(const Workload& work, Recompute recompute, c
     Rank rank(options, alone);
     initialize(rank);
     options.layout.ranks = 2;  // for the rules of two ranks
-    const Batch batch = random_batch(work);
+    const Batch batch = batch_of(work);
     const Step step = prepare_step(batch, work.chunk_tokens, work.model);
     const ScheduleInput in{1, int(work.model.layers), work.chunks, pipeline.folds, 1, true, false};
     const Plan plan = make_plan(find_schedule(pipeline.schedule)->lists(in)[0],

@@ -13,11 +13,6 @@ double seconds_of(const auto& work) {
     return seconds_now() - start;
 }
 
-double median(std::vector<double> values) {
-    std::nth_element(values.begin(), values.begin() + long(values.size() / 2), values.end());
-    return values[values.size() / 2];
-}
-
 int main(int argc, char** argv) {
     bool json = false;
     int rounds = 5;

@@ -79,6 +79,17 @@ TEST(Cluster, EfficiencyBetweenPoints) {
     EXPECT_EQ(c.attention_efficiency(5), 1);
 }
 
+TEST(Cluster, BackwardIsAsEfficientAsForwardUnlessSaid) {
+    const std::string forward = "attention_tokens = [64, 1024]\nattention = [0.25, 1]\n";
+    const std::string backward = "attention_backward_tokens = [64, 1024]\nattention_backward = [0.5, 1]\n";
+    EXPECT_DOUBLE_EQ(parse_cluster("good.toml", good + forward).attention_backward_efficiency(64), 0.25);
+    const Cluster c = parse_cluster("good.toml", good + forward + backward);
+    EXPECT_DOUBLE_EQ(c.attention_efficiency(64), 0.25);
+    EXPECT_DOUBLE_EQ(c.attention_backward_efficiency(64), 0.5);
+    expect_refused(good + forward + "attention_backward = [0.5, 1]\n",
+                   {"attention_backward_tokens has 1 values, attention_backward has 2"});
+}
+
 TEST(Cluster, WrongValuesAreNamedAllAtOnce) {
     std::string text = replaced(good, "= 125", "= fast");
     text = replaced(text, "memory = 96\n", "");

@@ -356,6 +356,25 @@ def test_auto_takes_the_best(tmp_path):
     assert "use --schedule 1f1b" in program("eval", "--schedule", "auto", "--checkpoint", tmp_path / "fast", "--data", "x", check=2)
 
 
+def test_step_line_compares_with_the_plan(tmp_path):
+    for name, words in {"short": 20, "long": 200}.items():
+        (tmp_path / f"{name}.txt").write_text(f"{name} words to train on. " * words)
+    program("tokenize", *(tmp_path / f"{name}.txt" for name in ("short", "long", "short")), "--output", tmp_path / "tokens",
+            "--holdout-every", 0)
+    planned = {}
+    for packing in "documents", "contiguous":
+        run_dir = tmp_path / packing
+        out = program("train", "--model", "tiny", "--data", tmp_path / "tokens/*.bin", "--packing", packing, "--ranks", 2,
+                      "--batch-tokens", 1024, "--steps", 4, "--cluster", cluster_file(tmp_path), "--run-dir", run_dir)
+        steps = [line for line in out.splitlines() if line.startswith("step ")]
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        for text, record in zip(steps, lines, strict=True):
+            assert f'plan {100 * (record["ms"] / record["planned_ms"] - 1):+.1f} %' in text
+        planned[packing] = {record["planned_ms"] for record in lines}
+    assert len(planned["contiguous"]) == 1 < len(planned["documents"])  # windows are alike, documents are not
+    assert max(planned["documents"]) <= 1.5 * min(planned["contiguous"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures
 

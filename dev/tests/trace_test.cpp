@@ -299,9 +299,11 @@ TEST(Costs, FollowTheCluster) {
     EXPECT_DOUBLE_EQ(ms(c, {Part::pre, Pass::F, 0, 0}), qkv / 2);
     EXPECT_DOUBLE_EQ(ms(c, {Part::attention, Pass::F, 0, 0}), attention / 4);
     EXPECT_DOUBLE_EQ(ms(c, {Part::attention, Pass::B, 0, 0}), 2.5 * attention / 5);
-    c.matrix_efficiency = {{100, 10000}, {0.25, 0.75}}, c.attention_efficiency = {{1}, {0.1}};
+    c.matrix_efficiency = {{100, 10000}, {0.25, 0.75}};
+    c.attention_efficiency = {{1}, {0.1}}, c.attention_backward_efficiency = {{1}, {0.2}};
     EXPECT_DOUBLE_EQ(ms(c, {Part::pre, Pass::F, 0, 0}), qkv / 2 / 0.5);
     EXPECT_DOUBLE_EQ(ms(c, {Part::attention, Pass::F, 0, 0}), attention / 4 / 0.1);
+    EXPECT_DOUBLE_EQ(ms(c, {Part::attention, Pass::B, 0, 0}), 2.5 * attention / 5 / 0.2);
 
     c = cluster_of_rate(1e3);
     c.memory_bandwidth = 1;  // LayerNorm reads a row of the residual stream and writes one

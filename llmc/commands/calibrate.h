@@ -11,14 +11,19 @@
 #include "llmc/io/log.h"
 #include "llmc/io/manifest.h"
 #include "llmc/kernels/peak.h"
+#include "llmc/parallel/progress.h"
 #include "llmc/pipeline/cluster.h"
 
 #ifndef USE_CUDA
 #include "llmc/kernels/attention.cuh"
+#include "llmc/kernels/layernorm.cuh"
 #include "llmc/kernels/matmul.cuh"
 
-// Runs work(device) on every rank at the same time, five times and for 0.2 s at least; the mean over ranks of their
-// best rates, operations(one run) a second.
+// A rank with one thread is timed by that thread's own clock, which other programs on the machine do not move.
+inline double seconds_of_rank(int threads) { return threads == 1 ? seconds_on_core() : seconds_now(); }
+
+// Runs work(device) on every rank at the same time, three times and for 0.2 s at least, after one run that does not
+// count; the mean over ranks of their median rates, operations(one run) a second.
 template <class MakeWork>
 double rate_of_ranks(int ranks, int threads, double operations, MakeWork make_work) {
     std::vector<double> rates(static_cast<size_t>(ranks));
@@ -30,54 +35,98 @@ double rate_of_ranks(int ranks, int threads, double operations, MakeWork make_wo
             auto work = make_work();
             work(opened.device);
             for (--waiting; waiting > 0;) std::this_thread::yield();
-            using Clock = std::chrono::steady_clock;
-            const auto since = [](Clock::time_point start) {
-                return std::chrono::duration<double>(Clock::now() - start).count();
-            };
-            const auto begin = Clock::now();
-            for (int run = 0; run < 5 || since(begin) < 0.2; ++run) {
-                const auto start = Clock::now();
+            std::vector<double> seconds;
+            for (const double begin = seconds_of_rank(threads);
+                 seconds.size() < 3 || seconds_of_rank(threads) - begin < 0.2;) {
+                const double start = seconds_of_rank(threads);
                 work(opened.device);
-                rates[size_t(r)] = std::max(rates[size_t(r)], operations / since(start));
+                seconds.push_back(seconds_of_rank(threads) - start);
             }
+            rates[size_t(r)] = operations / median(std::move(seconds));
         });
     for (std::thread& thread : team) thread.join();
     return std::accumulate(rates.begin(), rates.end(), 0.0) / ranks;
 }
 
-// Numbers of a kernel, and its scratch.
-struct CalibrationBuffers {
-    std::vector<std::vector<floatX>> x;
-    std::vector<floatS> s;
-    std::vector<std::byte> scratch;
-
-    floatX* take(int64_t size) {
-        x.emplace_back(size_t(size));
-        for (size_t i = 0; i < x.back().size(); ++i) x.back()[i] = floatX(float(i * 37 % 101) / 101 - 0.5f);
-        return x.back().data();
+// What the kernels of a rank work on. In a step an op finds little in the caches of what it reads: a kernel is measured
+// on several sets of tensors, one after the other, more than caches hold.
+template <class Tensors>
+class CalibrationSets {
+public:
+    // make(*this) takes the tensors of a set from take().
+    template <class Make>
+    CalibrationSets(int64_t scratch_bytes, const Make& make) : scratch_(scratch_bytes) {
+        constexpr int64_t beyond_caches = 64 << 20;  // bytes
+        while (bytes_ < beyond_caches) sets_.push_back(make(*this));
     }
-    Device with_scratch(Device device, size_t bytes) {
-        scratch.resize(bytes + 64);
-        device.scratch = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
-        device.scratch_bytes = bytes;
+    template <class T>
+    Matrix<T> take(int64_t rows, int64_t cols) {
+        const int64_t size = rows * cols;
+        memory_.emplace_back(size * int64_t(sizeof(T)));  // in pages as large as those of a rank
+        bytes_ += size * int64_t(sizeof(T));
+        T* const data = reinterpret_cast<T*>(memory_.back().data());
+        for (int64_t i = 0; i < size; ++i) data[i] = T(float(i * 37 % 101) / 101 - 0.5f);
+        return {data, rows, cols};
+    }
+    const Tensors& next() { return sets_[used_++ % sets_.size()]; }
+    Device with_scratch(Device device) const {
+        device.scratch = scratch_.data();
+        device.scratch_bytes = size_t(scratch_.size());
         return device;
     }
+
+private:
+    DeviceMemory<std::byte> scratch_;
+    std::vector<DeviceMemory<std::byte>> memory_;
+    std::vector<Tensors> sets_;
+    int64_t bytes_ = 0;
+    size_t used_ = 0;
 };
 
-// FLOP/s of a linear layer of 512 to 2048 channels over so many tokens: forward, gradients of input and weights.
+// FLOP/s of all products of a layer of 512 channels over so many tokens, with the GELU that is fused into two of them:
+// forward, gradients of weights and inputs.
 inline double measured_product_rate(int ranks, int threads, int64_t tokens) {
-    constexpr int64_t C = 512, OC = 2048;
-    return rate_of_ranks(ranks, threads, 6.0 * double(tokens * C * OC), [=] {
-        auto b = std::make_shared<CalibrationBuffers>();
-        const Matrix<floatX> in(b->take(tokens * C), tokens, C), out(b->take(tokens * OC), tokens, OC);
-        const Matrix<floatX> weight(b->take(C * OC), OC, C);
-        b->s.resize(size_t(C * OC));
-        const Matrix<floatS> dweight(b->s.data(), OC, C);
+    constexpr int64_t C = 512;
+    struct Layer {
+        Matrix<floatX> x, qkv, fc, gelu, y, d_x;  // y: of C columns, as all that comes out of the products but these
+        Matrix<floatX> qkv_weight, proj_weight, fc_weight, out_weight;
+        Matrix<floatS> d_qkv_weight, d_proj_weight, d_fc_weight, d_out_weight;
+    };
+    return rate_of_ranks(ranks, threads, 6.0 * double(tokens * 12 * C * C), [=] {
+        auto sets = std::make_shared<CalibrationSets<Layer>>(int64_t(matmul_scratch_bytes(threads)), [=](auto& memory) {
+            const auto rows = [&](int64_t cols) { return memory.template take<floatX>(tokens, cols); };
+            const auto weight = [&](int64_t out, int64_t in) { return memory.template take<floatX>(out, in); };
+            const auto gradient = [&](int64_t out, int64_t in) { return memory.template take<floatS>(out, in); };
+            return Layer{rows(C),
+                         rows(3 * C),
+                         rows(4 * C),
+                         rows(4 * C),
+                         rows(C),
+                         rows(C),
+                         weight(3 * C, C),
+                         weight(C, C),
+                         weight(4 * C, C),
+                         weight(C, 4 * C),
+                         gradient(3 * C, C),
+                         gradient(C, C),
+                         gradient(4 * C, C),
+                         gradient(C, 4 * C)};
+        });
         return [=](Device device) {
-            device = b->with_scratch(device, matmul_scratch_bytes(threads));
-            matmul_forward(device, out, in, weight, nullptr);
-            matmul_backward_weight(device, dweight, nullptr, out, in);
-            matmul_backward_input(device, in, out, weight);
+            device = sets->with_scratch(device);
+            const Layer& l = sets->next();
+            matmul_forward(device, l.qkv, l.x, l.qkv_weight, nullptr);
+            matmul_forward(device, l.y, l.x, l.proj_weight, nullptr);
+            matmul_forward(device, l.gelu, l.x, l.fc_weight, nullptr, Activation::gelu, l.fc);
+            matmul_forward(device, l.y, l.gelu, l.out_weight, nullptr);
+            matmul_backward_weight(device, l.d_out_weight, nullptr, l.y, l.gelu);
+            matmul_backward_input(device, l.gelu, l.y, l.out_weight, l.fc);
+            matmul_backward_weight(device, l.d_fc_weight, nullptr, l.gelu, l.x);
+            matmul_backward_input(device, l.d_x, l.gelu, l.fc_weight);
+            matmul_backward_weight(device, l.d_proj_weight, nullptr, l.y, l.x);
+            matmul_backward_input(device, l.d_x, l.y, l.proj_weight);
+            matmul_backward_weight(device, l.d_qkv_weight, nullptr, l.qkv, l.x);
+            matmul_backward_input(device, l.d_x, l.qkv, l.qkv_weight);
         };
     });
 }
@@ -85,21 +134,56 @@ inline double measured_product_rate(int ranks, int threads, int64_t tokens) {
 // FLOP/s of attention over one sequence, causal, 8 heads of 64.
 inline double measured_attention_rate(int ranks, int threads, int64_t tokens, bool backward) {
     constexpr int64_t heads = 8, C = 64 * heads;
+    struct Attention {
+        Matrix<floatX> qkv, out, d_qkv, d_out;
+        Matrix<floatS> lse;  // any will do for the time
+    };
     const double forward = 2.0 * double(C) * double(tokens) * double(tokens);
     return rate_of_ranks(ranks, threads, backward ? 2.5 * forward : forward, [=] {
-        auto b = std::make_shared<CalibrationBuffers>();
-        const Matrix<floatX> qkv(b->take(tokens * 3 * C), tokens, 3 * C), d_qkv(b->take(tokens * 3 * C), tokens, 3 * C);
-        const Matrix<floatX> out(b->take(tokens * C), tokens, C), d_out(b->take(tokens * C), tokens, C);
-        b->s.assign(size_t(tokens * heads), floatS(8));  // log-sum-exp: any will do for the time
-        const Matrix<floatS> lse(b->s.data(), tokens, heads);
+        auto sets = std::make_shared<CalibrationSets<
+            Attention>>(int64_t(attention_scratch_bytes(threads, 64, heads, tokens)), [=](auto& memory) {
+            const auto rows = [&](int64_t cols) { return memory.template take<floatX>(tokens, cols); };
+            return Attention{rows(3 * C), rows(C), rows(3 * C), rows(C), memory.template take<floatS>(tokens, heads)};
+        });
         return [=](Device device) {
-            device = b->with_scratch(device, attention_scratch_bytes(threads, 64, heads, tokens));
+            device = sets->with_scratch(device);
+            const Attention& a = sets->next();
             const std::vector<SegmentRows> rows = {{0, tokens, 0, false}};
             const Segments segments(rows);
             if (backward)
-                attention_backward(device, d_qkv, Matrix<floatS>(), d_out, out, lse, qkv, Matrix<floatX>(), segments,
-                                   heads);
-            else attention_forward(device, out, lse, qkv, Matrix<floatX>(), segments, heads);
+                attention_backward(device, a.d_qkv, Matrix<floatS>(), a.d_out, a.out, a.lse, a.qkv, Matrix<floatX>(),
+                                   segments, heads);
+            else attention_forward(device, a.out, a.lse, a.qkv, Matrix<floatX>(), segments, heads);
+        };
+    });
+}
+
+// Bytes a second of LayerNorm, forward with the residual addition and backward, counted as in costs.h.
+inline double measured_memory_rate(int ranks, int threads) {
+    constexpr int64_t tokens = 512, C = 512;
+    struct Norm {
+        Matrix<floatR> x, sum;
+        Matrix<floatX> branch, out;
+        Matrix<floatS> statistics;  // mean and 1 / deviation
+        Matrix<floatX> weight;
+        Matrix<floatS> d_weight;  // and d_bias
+    };
+    const double bytes = double(tokens * C) * (3 * sizeof(floatX) + 5 * sizeof(floatR));
+    return rate_of_ranks(ranks, threads, bytes, [=] {
+        auto sets = std::make_shared<CalibrationSets<Norm>>(
+            int64_t(layernorm_backward_scratch_bytes(threads, C)), [=](auto& memory) {
+                return Norm{memory.template take<floatR>(tokens, C), memory.template take<floatR>(tokens, C),
+                            memory.template take<floatX>(tokens, C), memory.template take<floatX>(tokens, C),
+                            memory.template take<floatS>(2, tokens), memory.template take<floatX>(1, C),
+                            memory.template take<floatS>(2, C)};
+            });
+        return [=](Device device) {
+            device = sets->with_scratch(device);
+            const Norm& n = sets->next();
+            floatS *mean = n.statistics.row(0), *rstd = n.statistics.row(1);
+            residual_layernorm_forward(device, n.sum, n.out, mean, rstd, n.x, n.branch, n.weight.data, n.weight.data);
+            layernorm_backward(device, n.x, n.d_weight.row(0), n.d_weight.row(1), n.out, n.sum, mean, rstd,
+                               n.weight.data);
         };
     });
 }
@@ -113,9 +197,10 @@ inline double measured_copy_rate(int ranks) {
     });
 }
 
-// Microseconds from a thread to another one that sleeps until it is notified, there and back halved.
+// Microseconds from a thread to another one that sleeps until it is notified, there and back halved; the median, since
+// some rounds wait for other programs.
 inline double measured_wake_up() {
-    constexpr int rounds = 500;
+    constexpr int rounds = 501;
     std::atomic<int> turn = 0;
     std::thread other([&] {
         for (int i = 0; i < rounds; ++i) {
@@ -123,13 +208,15 @@ inline double measured_wake_up() {
             turn.store(2 * i + 2), turn.notify_one();
         }
     });
-    const auto start = std::chrono::steady_clock::now();
+    std::vector<double> seconds;
     for (int i = 0; i < rounds; ++i) {
+        const double start = seconds_now();
         turn.store(2 * i + 1), turn.notify_one();
         turn.wait(2 * i + 1);
+        seconds.push_back(seconds_now() - start);
     }
     other.join();
-    return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count() / (2 * rounds);
+    return 1e6 * median(std::move(seconds)) / 2;
 }
 
 inline Cluster measure_cluster(int ranks, int threads) {
@@ -143,15 +230,13 @@ inline Cluster measure_cluster(int ranks, int threads) {
         for (double& fraction : e.fraction) fraction /= most;
         return 1e-12 * most;
     };
-    c.matrix_tflops = measure(c.matrix_efficiency, {16, 64, 256, 1024, 2048},
+    c.matrix_tflops = measure(c.matrix_efficiency, {16, 64, 128, 256, 512, 1024, 2048},
                               [&](int64_t tokens) { return measured_product_rate(ranks, threads, tokens); });
-    c.attention_forward_tflops = measure(c.attention_efficiency, {64, 256, 1024, 4096}, [&](int64_t tokens) {
-        return measured_attention_rate(ranks, threads, tokens, false);
-    });
-    Efficiency backward;  // nearly the same
-    c.attention_backward_tflops = measure(
-        backward, {256, 1024}, [&](int64_t tokens) { return measured_attention_rate(ranks, threads, tokens, true); });
-    c.memory_bandwidth = measure_bandwidth(ranks * threads) / ranks;
+    for (const bool backward : {false, true})
+        (backward ? c.attention_backward_tflops : c.attention_forward_tflops) = measure(
+            backward ? c.attention_backward_efficiency : c.attention_efficiency, {64, 128, 256, 512, 1024, 4096},
+            [&](int64_t tokens) { return measured_attention_rate(ranks, threads, tokens, backward); });
+    c.memory_bandwidth = 1e-9 * measured_memory_rate(ranks, threads);
     c.memory = 1e-9 * double(available_memory()) / ranks;
     c.inside = c.between = {1e-9 * measured_copy_rate(ranks), measured_wake_up()};
     return c;

@@ -3,10 +3,21 @@
 // these. Each takes about 0.2 s.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+// Of several measurements the one in the middle.
+inline double median(std::vector<double> values) {
+    if (values.empty()) return NAN;
+    const auto middle = values.begin() + ptrdiff_t(values.size() / 2);
+    std::nth_element(values.begin(), middle, values.end());
+    return *middle;
+}
+
 #ifndef USE_CUDA
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <memory>

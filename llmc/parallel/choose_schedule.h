@@ -6,30 +6,24 @@
 #include "llmc/parallel/memory.h"
 
 // The machine that a run is on, if there is a description: --cluster, or dev/clusters/this-cpu.toml where `doctor
-// --calibrate` has written it for this kind of program. Nobody has asked for that one: if it cannot be read, the run
-// goes on without. Training has one device a rank, and what is available here decides about memory.
+// --calibrate` has written it for this kind of program and ranks of so many threads. Nobody has asked for that one: if
+// it cannot be read, the run goes on without. Training has one device a rank, and what is available here decides about
+// memory.
 inline std::optional<Cluster> cluster_of_this_run(const Config& c) {
     std::optional<Cluster> cluster;
     if (!c.plan.cluster.empty()) cluster = read_cluster(c.plan.cluster);
 #ifndef USE_CUDA
     else if (path_exists(clusters_directory() / "this-cpu.toml")) try {
             cluster = read_cluster("this-cpu");
-            if (cluster->precision != (std::is_same_v<floatX, bf16> ? "bf16-fp32" : "fp32")) cluster.reset();
+            const bool same_ranks = cluster->devices == std::max(1, usable_threads() / c.threads());
+            if (!same_ranks || cluster->precision != (std::is_same_v<floatX, bf16> ? "bf16-fp32" : "fp32"))
+                cluster.reset();
         } catch (const Failure& failure) {
             std::fprintf(stderr, "train_gpt: goes on without a description of this machine: %s\n", failure.what());
         }
 #endif
     if (cluster) cluster->tp = 1, cluster->memory = INFINITY;
     return cluster;
-}
-
-// How long a step of a run is planned to take, in ms; nothing without a description. Steps of documents differ.
-inline std::optional<double> planned_step_ms(const Config& c) {
-    const std::optional<Cluster> cluster = cluster_of_this_run(c);
-    if (!cluster || c.data.packing == "documents") return std::nullopt;
-    const RankOptions options = rank_options(c, model_of(c), true);
-    const PlannedStep step(options, options.layout.max_chunks);
-    return simulate_on(*cluster, step).makespan + update_ms(*cluster, step);
 }
 
 // Sets schedule, folds and virtual stages, and says why. One process chooses for all.

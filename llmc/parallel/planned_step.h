@@ -44,21 +44,24 @@ struct PlannedStep {
     OpLists lists;  // proven by lists_of
 
     // limit(rank): bytes for the activations of a rank, where recompute `automatic` has to keep what fits.
-    PlannedStep(RankOptions o, int count, const ElementSizes& sizes, const std::function<int64_t(int rank)>& limit)
-        : options(std::move(o)), sizes(sizes) {
-        chunks = chunks_of_step(options, count);
+    PlannedStep(std::vector<ChunkShape> shapes, RankOptions o, const ElementSizes& sizes,
+                const std::function<int64_t(int rank)>& limit)
+        : options(std::move(o)), sizes(sizes), chunks(std::move(shapes)) {
         input = options.schedule_input(int(chunks.size()), true, chunks[0].store >= 0);
         lists = lists_of(options, chunks, true);
         for (size_t r = 0; r < lists.size() && options.recompute == Recompute::automatic; ++r)
             keep_what_fits(lists[r], chunks, options.model, rules(), limit(int(r)), sizes.tensor);
     }
+    PlannedStep(RankOptions o, int count, const ElementSizes& sizes, const std::function<int64_t(int rank)>& limit)
+        : PlannedStep{chunks_of_step(o, count), o, sizes, limit} {}
     // On this machine.
-    PlannedStep(const RankOptions& o, int count)
-        : PlannedStep(o, count, sizes_of<BuildTypes>(), [&](int rank) {
+    PlannedStep(std::vector<ChunkShape> shapes, const RankOptions& o)
+        : PlannedStep(std::move(shapes), o, sizes_of<BuildTypes>(), [&](int rank) {
               RankOptions mine = o;
               mine.layout.rank = rank;
               return activation_limit(mine);
           }) {}
+    PlannedStep(RankOptions o, int count) : PlannedStep{chunks_of_step(o, count), o} {}
 
     TensorRules rules() const { return options.tensor_rules(true); }
     Plan plan_of(int rank, int64_t enough = 0) const {
@@ -70,11 +73,13 @@ struct PlannedStep {
         for (int r = 0; r < input.ranks; ++r) largest = std::max(largest, plan_of(r, largest).size.bytes);
         return largest;
     }
-    OpCosts costs(const Cluster& cluster) const {
+    OpCosts costs(const Cluster& cluster) const { return costs(cluster, chunk_works(options.model, chunks)); }
+    OpCosts costs(const Cluster& cluster, const std::vector<ChunkWork>& works) const {
         return {cluster,
                 sizes,
                 options.model,
                 chunks,
+                works,
                 rules(),
                 options.mlp_chunk,
                 options.head_chunk,
@@ -85,10 +90,13 @@ struct PlannedStep {
     }
 };
 
-inline Timeline simulate_on(const Cluster& cluster, const PlannedStep& step) {
-    const OpCosts costs = step.costs(cluster);
+inline Timeline simulate_with(const OpCosts& costs, const PlannedStep& step) {
     return simulate(step.lists, step.input, costs,
                     [&](const Op& send, int rank) { return costs.message_ms(send, rank); });
+}
+
+inline Timeline simulate_on(const Cluster& cluster, const PlannedStep& step) {
+    return simulate_with(step.costs(cluster), step);
 }
 
 // The memory of each device of a rank, of a tensor-parallel group of `tp`: everything is divided but for two [N, C]

@@ -46,7 +46,7 @@ struct Cluster {
     int devices = 1, devices_per_node = 1;
     int tp = 1;  // devices that stand behind one pipeline rank: a tensor-parallel group with sequence parallelism
     LinkSpeed inside, between;  // nodes
-    Efficiency matrix_efficiency, attention_efficiency;
+    Efficiency matrix_efficiency, attention_efficiency, attention_backward_efficiency;
 
     int ranks() const { return devices / tp; }
     // Ranks take the devices in order.
@@ -118,6 +118,9 @@ inline std::vector<ClusterKey> cluster_keys(Cluster& c) {
         {"efficiency", "matrix", &c.matrix_efficiency.fraction, tiny, 10, "[0.5, 1]", false},
         {"efficiency", "attention_tokens", &c.attention_efficiency.tokens, 1, 1e12, "[128, 4096]", false},
         {"efficiency", "attention", &c.attention_efficiency.fraction, tiny, 10, "[0.3, 1]", false},
+        {"efficiency", "attention_backward_tokens", &c.attention_backward_efficiency.tokens, 1, 1e12, "[128, 4096]",
+         false},
+        {"efficiency", "attention_backward", &c.attention_backward_efficiency.fraction, tiny, 10, "[0.3, 1]", false},
     };
 }
 
@@ -199,7 +202,8 @@ inline Cluster parse_cluster(const std::string& file, const std::string& text) {
         refuse(file + ": [device] precision = \"" + cluster.precision + "\"", "is none of bf16, bf16-fp32 and fp32",
                "write precision = \"bf16\"");
     for (const auto& [name, curve] :
-         {std::pair("matrix", &cluster.matrix_efficiency), std::pair("attention", &cluster.attention_efficiency)}) {
+         {std::pair("matrix", &cluster.matrix_efficiency), std::pair("attention", &cluster.attention_efficiency),
+          std::pair("attention_backward", &cluster.attention_backward_efficiency)}) {
         const std::string tokens = name + std::string("_tokens");
         if (!read("efficiency", name) || !read("efficiency", tokens.c_str())) continue;
         if (curve->tokens.size() != curve->fraction.size())
@@ -212,6 +216,9 @@ inline Cluster parse_cluster(const std::string& file, const std::string& text) {
             refuse(file + ": [efficiency] " + tokens, "does not rise from value to value",
                    "sort it, each number of tokens once");
     }
+    const auto backward =
+        std::find_if(keys.begin(), keys.end(), [](const ClusterKey& k) { return k.key == "attention_backward"; });
+    if (!found[size_t(backward - keys.begin())]) cluster.attention_backward_efficiency = cluster.attention_efficiency;
     if (!violations.empty()) {
         std::string message = "The cluster description is refused:";
         for (const std::string& violation : violations) message += "\n  - " + violation;

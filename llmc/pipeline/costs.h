@@ -81,8 +81,9 @@ struct OpWork {
 
 // What the times of a chunk depend on.
 struct ChunkWork {
-    int64_t tokens = 0, longest = 0;  // longest: slice or sequence that attention works on
-    double attention = 0;             // FLOPs of a layer forward
+    int64_t tokens = 0;
+    int64_t length = 0;    // of a whole sequence in which a query sees as many keys in the mean: attention's efficiency
+    double attention = 0;  // FLOPs of a layer forward
     bool sliced = false, first_slice = false, last_slice = false;
 
     bool operator==(const ChunkWork&) const = default;
@@ -98,11 +99,17 @@ inline ChunkWork chunk_work(const GptConfig& g, const std::vector<ChunkShape>& c
     } else {
         work = {
             std::min(shape.tokens, shape.store_tokens - shape.begin), 0, 0, true, shape.first_slice, shape.last_slice};
-        work.longest = work.tokens;
+        work.length = 2 * shape.begin + work.tokens;
         work.attention = attention_flops(g, shape.begin, shape.begin + work.tokens);
     }
     work.attention /= 3 * double(g.layers);  // that was forward and backward of all layers
     return work;
+}
+
+inline std::vector<ChunkWork> chunk_works(const GptConfig& g, const std::vector<ChunkShape>& chunks) {
+    std::vector<ChunkWork> works;
+    for (size_t c = 0; c < chunks.size(); ++c) works.push_back(chunk_work(g, chunks, c));
+    return works;
 }
 
 // What an op does follows from the tensors that `uses` has it create or read, so that no schedule is costed by rules of
@@ -222,23 +229,30 @@ class OpCosts {
 public:
     OpCosts(Cluster cluster, const ElementSizes& sizes, const GptConfig& g, const std::vector<ChunkShape>& chunks,
             const TensorRules& rules, int64_t mlp_chunk = 0, int64_t head_chunk = 0, int pieces = 1)
+        : OpCosts(std::move(cluster), sizes, g, chunks, chunk_works(g, chunks), rules, mlp_chunk, head_chunk, pieces) {}
+    // With other work in the chunks than that of whole sequences of the context.
+    OpCosts(Cluster cluster, const ElementSizes& sizes, const GptConfig& g, const std::vector<ChunkShape>& chunks,
+            const std::vector<ChunkWork>& chunk_works, const TensorRules& rules, int64_t mlp_chunk, int64_t head_chunk,
+            int pieces)
         : cluster_(std::move(cluster)), helix_(rules.helix), layers_(rules.layers) {
         std::vector<ChunkWork> works;  // that differ
         const Chain chain{rules.layers, rules.training};
         for (size_t c = 0; c < chunks.size(); ++c) {
-            const ChunkWork chunk = chunk_work(g, chunks, c);
+            const ChunkWork& chunk = chunk_works[c];
             const size_t kind = size_t(std::find(works.begin(), works.end(), chunk) - works.begin());
             kind_of_.push_back(kind);
             if (kind < works.size()) continue;
             works.push_back(chunk);
             times_.resize(works.size() * ops_of_kind()), bytes_.resize(times_.size());
+            ChunkShape moved = chunks[c];
+            moved.tokens = chunk.tokens;  // by messages
             for (int n = 0; n < chain.length(); ++n) {
                 Op op = chain.op(n, int(c));
                 op.pieces = pieces;
                 for (const bool weights : {false, true})
                     for (const int piece : {0, pieces - 1}) {
                         op.weights = weights, op.piece = piece;
-                        bytes_[message_index(op)] = ::message_bytes(op, rules, sizes, chunks[c], g);
+                        bytes_[message_index(op)] = ::message_bytes(op, rules, sizes, moved, g);
                     }
                 op.weights = false, op.piece = 0;
                 const bool block = op.pass == Pass::B && (op.part == Part::pre || op.part == Part::post);
@@ -294,12 +308,13 @@ private:
 
     double ms(const OpWork& work, const ChunkWork& chunk, double row_bytes) const {
         const Cluster& c = cluster_;
-        const double tp = c.tp, attention = 1e9 * tp * c.attention_efficiency(double(chunk.longest));
+        const double tp = c.tp, length = double(chunk.length);
         const double others = (tp - 1) / tp * double(chunk.tokens) * row_bytes;  // what a device gets from the others
         const double collective = (tp - 1) * 1e-3 * c.inside.latency + others / (1e6 * c.inside.bandwidth);
         return work.products / (1e9 * tp * c.matrix_tflops) +
-               work.attention_forward / (attention * c.attention_forward_tflops) +
-               work.attention_backward / (attention * c.attention_backward_tflops) +
+               work.attention_forward / (1e9 * tp * c.attention_forward_tflops * c.attention_efficiency(length)) +
+               work.attention_backward /
+                   (1e9 * tp * c.attention_backward_tflops * c.attention_backward_efficiency(length)) +
                work.bytes / (1e6 * tp * c.memory_bandwidth) + work.collectives * collective;
     }
 };
