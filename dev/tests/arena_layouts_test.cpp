@@ -202,11 +202,11 @@ TEST(ArenaLayouts, NothingIsOverwrittenWhileItIsNeeded) {
             "waits are needed in %d\n",
             schedule.name.c_str(), plans, tight, loose - loose_before, 100 * (worst - 1), needed);
         EXPECT_GT(needed, plans / 8);
-        EXPECT_LE(worst, 1.2);
+        EXPECT_LE(worst, 1.1);
         all += plans;
     }
     EXPECT_GT(all, 1000);
-    EXPECT_LE(loose, all / 50);  // small ones
+    EXPECT_LE(loose, all / 1000);  // 2 % are missed in about one plan of 10,000, over many seeds
 }
 
 // The account finds every tensor that is put where another one lies.
