@@ -336,7 +336,8 @@ void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions) {
             loop.transport.wait(p.begin, p.end);
             const OpClock::Moment end = clock.now();
             events.push_back({EventKind::wait, message, begin, end});
-            events.push_back({EventKind::receive, message, p.moment, end, p.bytes});
+            for (const size_t r : plan.receives_of(i))
+                events.push_back({EventKind::receive, plan.ops[r], posted[r].moment, end, posted[r].bytes});
         }
         progress.computing(op, next_peer[i], op.part == Part::attention ? actions.attention_work(op.chunk) : 0);
         const ProfilerRange range(op);

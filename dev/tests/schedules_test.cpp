@@ -333,6 +333,23 @@ TEST(Check, RefusesWrongPlans) {
                                                               std::tie(op.part, op.pass, op.layer, op.chunk, op.piece);
                     });
                 };
+                if (op.kind == Kind::send && op.piece > 0 && !op.weights)  // before the piece before it, at both ends
+                    refused("", [&](auto& lists, auto& list, auto) {
+                        auto& peer = lists[size_t(op.peer)];
+                        const auto swap_pieces = [&](auto& ops, Kind kind) {
+                            std::vector<size_t> found;
+                            for (size_t k = 0; k < ops.size(); ++k)
+                                if (ops[k].kind == kind && !ops[k].weights && ops[k].piece + 1 >= op.piece &&
+                                    ops[k].piece <= op.piece &&
+                                    std::tie(ops[k].part, ops[k].pass, ops[k].layer, ops[k].chunk) ==
+                                        std::tie(op.part, op.pass, op.layer, op.chunk))
+                                    found.push_back(k);
+                            if (found.size() == 2) std::swap(ops[found[0]].piece, ops[found[1]].piece);
+                            else ops.clear();  // one of the two has weights with it: nothing to swap
+                        };
+                        swap_pieces(list, Kind::send);
+                        swap_pieces(peer, Kind::receive);
+                    });
                 if (op.kind == Kind::send) {
                     refused("listed twice", [&](auto& lists, auto& list, auto at) {  // both ends
                         list.insert(at, op);

@@ -418,6 +418,16 @@ def test_seq1f1b_cuts_sequences():
     assert done.returncode == 2 and "use --schedule gpipe for slices" in done.stderr
 
 
+def test_row_pieces_are_of_helix_alone():
+    shape = ["--cluster", "h20x64", "--model", "helixpipe:1.3b", "--chunks", 8, "--json"]
+    steps = [{found["schedule"]: found["step_ms"] for found in json.loads(run(*shape, *more))["plans"]
+              if not found["schedule"].startswith("helix")} for more in ([], ["--row-pieces", 3])]
+    assert steps[0] == steps[1] and len(steps[0]) >= 6
+    assert run(*flags("helix", 2, 4, 4), "--row-pieces", 2, "--print", "memory").count("1f1b") >= 4
+    assert "P1.m0/2<>" in run(*flags("helix", 2, 4, 4), "--row-pieces", 2, "--print", "ops")
+    assert "only helix has --row-pieces" in run(*flags("1f1b", 2, 4, 4), "--row-pieces", 2, check=2)
+
+
 @pytest.mark.parametrize("arguments, words", [
     *[(["--times", times], "--times 1,4,3") for times in
       ("1,2", "1,2,3,4", "1,2,3,", ",1,2", "1,x,3", "-1,2,3", "0,0,0", "nan,1,1", "1,inf,1", "1;2;3", "1,2,3ms")],

@@ -14,8 +14,9 @@ ROUNDING = 1e-3  # ms, of times that go through seconds since start-up
 
 def flags(schedule, p, *more):
     name, _, folds = schedule.partition(" ")
+    folds, _, pieces = folds.partition("/")
     return ["--model", "tiny", "--schedule", name, "--ranks", p, "--layers", 8, "--chunks", 6,
-            *(["--folds", folds] if folds else []), *more]
+            *(["--folds", folds] if folds else []), *(["--row-pieces", pieces] if pieces else []), *more]
 
 
 def call(command, *arguments, **options):
@@ -41,7 +42,7 @@ def check_against_plan(measured, planned):
             if op["kind"] == "compute":
                 assert now <= op["start_ms"] <= op["end_ms"]
                 now = op["end_ms"]
-    sends, receives = ({(op["op"], op["pass"], op.get("layer"), op["chunk"], *sorted((rank, op["peer"]))): op
+    sends, receives = ({(op["op"], op["pass"], op.get("layer"), op["chunk"], op.get("piece"), *sorted((rank, op["peer"]))): op
                         for rank, ops in enumerate(measured["ops"]) for op in ops if op["kind"] == kind}
                        for kind in ("send", "recv"))
     assert sends.keys() == receives.keys()
@@ -49,7 +50,7 @@ def check_against_plan(measured, planned):
 
 
 @pytest.mark.parametrize("p", [2, 4, 8])
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "seq1f1b", "helix 1", "helix 2"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "seq1f1b", "helix 1", "helix 2", "helix 1/3"])
 def test_every_schedule(schedule, p):
     shape = flags(schedule, p, "--times", "1,2,1")
     measured, planned = call("rehearse", *shape, "--repeats", 3, "--time-scale", 0.5), call("plan", *shape)
@@ -59,7 +60,7 @@ def test_every_schedule(schedule, p):
     check_against_plan(measured, planned)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "helix 1"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "helix 1", "helix 1/4"])
 def test_messages_take_the_time_of_the_links(schedule):
     shape = flags(schedule, 8, "--cluster", "h20x64")
     planned = call("plan", *shape)

@@ -222,6 +222,7 @@ inline double measured_wake_up() {
 inline Cluster measure_cluster(int ranks, int threads) {
     Cluster c;
     c.devices = c.devices_per_node = ranks;
+    c.threads = threads;
     c.precision = std::is_same_v<floatX, bf16> ? "bf16-fp32" : "fp32";
     const auto measure = [](Efficiency& e, std::initializer_list<int64_t> sizes, auto rate_at) {
         e = {{}, {}};

@@ -188,8 +188,13 @@ inline int plan_command(const Config& c, RankOptions options) {
     std::optional<Comparison> comparison;
     if (cluster && (!c.is_given("schedule") || c.parallel.schedule == "auto")) {
         const OpenChoices open{
-            true, !c.typed.count("recompute"), !c.typed.count("folds"), !c.typed.count("virtual-stages"),
-            !c.typed.count("qkv-move") && !c.typed.count("norm-move") && !c.typed.count("spread-head")};
+            true,
+            !c.typed.count("recompute"),
+            !c.typed.count("folds"),
+            !c.typed.count("virtual-stages"),
+            !c.typed.count("qkv-move") && !c.typed.count("norm-move") && !c.typed.count("spread-head"),
+            true,
+            !c.typed.count("row-pieces")};
         comparison.emplace(*cluster, options, chunks, open, c.plan.print == "all");
         if (c.plan.print != "ops" && c.plan.draw.empty()) {
             const auto text = c.json ? comparison_json : comparison_text;

@@ -26,6 +26,7 @@ struct OpenChoices {
     bool schedule = true, recompute = true, folds = true, virtual_stages = true;
     bool helix = true;    // as configured, and as published
     bool planned = true;  // schedules that do not train, too
+    bool row_pieces = true;
 };
 
 // Every layout to be compared; of interleaved those whose stages are even, and the most stages that there can be.
@@ -51,8 +52,8 @@ inline std::vector<RankOptions> layouts_to_compare(const RankOptions& base, int 
                     if (!open.folds && folds > 1) break;
                     if (open.folds) o.layout.folds = folds;
                     for (const int pieces : {1, 8}) {  // the second fold does what they do
-                        if (pieces > 1 && (published || base.layout.row_pieces > 1 || o.layout.folds > 1)) continue;
-                        o.layout.row_pieces = published ? 1 : std::max(pieces, base.layout.row_pieces);
+                        if (pieces > 1 && (published || !open.row_pieces || o.layout.folds > 1)) continue;
+                        o.layout.row_pieces = published ? 1 : open.row_pieces ? pieces : base.layout.row_pieces;
                         o.layout.round_chunks = published ? 0 : base.layout.round_chunks;
                         each_mode();
                         if (published || base.layout.round_chunks) continue;

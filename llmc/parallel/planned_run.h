@@ -29,21 +29,20 @@ public:
     double step_ms(const Step& step) {
         std::vector<ChunkShape> shapes = chunk_shapes(step.group_sizes, options_.chunk_tokens, options_.model.context);
         std::vector<ChunkWork> works = chunk_works(options_.model, step, shapes);
-        if (works == works_) return step_ms_;  // windows: all steps are alike
-        if (step.group_sizes != group_sizes_ || !planned_) {
-            planned_.emplace(std::move(shapes), options_);
-            update_ms_ = update_ms(cluster_, *planned_);
-            group_sizes_ = step.group_sizes;
-        }
+        if (works == works_) return step_ms_;         // windows: all steps are alike
+        if (planned_.size() > 256) planned_.clear();  // as Rank::plan_for does
+        const auto [place, is_new] = planned_.try_emplace(step.group_sizes, std::move(shapes), options_);
+        const PlannedStep& planned = place->second;
+        if (is_new) update_ms_ = update_ms(cluster_, planned);
         works_ = std::move(works);
-        return step_ms_ = simulate_with(planned_->costs(cluster_, works_), *planned_).makespan + update_ms_;
+        return step_ms_ = simulate_with(planned.costs(cluster_, works_), planned).makespan + update_ms_;
     }
 
 private:
     Cluster cluster_;
     RankOptions options_;
-    std::vector<int> group_sizes_;        // of the step before,
-    std::optional<PlannedStep> planned_;  // its lists,
-    std::vector<ChunkWork> works_;        // chunks
-    double update_ms_ = 0, step_ms_ = 0;  // and time
+    std::map<std::vector<int>, PlannedStep> planned_;  // [group sizes]
+    std::vector<ChunkWork> works_;                     // of the step before,
+    double step_ms_ = 0;                               // and its time
+    double update_ms_ = 0;                             // the same for all steps
 };

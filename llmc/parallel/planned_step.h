@@ -83,7 +83,7 @@ struct PlannedStep {
                 rules(),
                 options.mlp_chunk,
                 options.head_chunk,
-                options.layout.row_pieces};
+                options.row_pieces()};
     }
     int64_t message_bytes(const Op& op) const {
         return ::message_bytes(op, rules(), sizes, chunks[size_t(op.chunk)], options.model);

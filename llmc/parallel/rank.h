@@ -67,6 +67,8 @@ struct RankOptions {
         return {layout.ranks, L,           chunks, layout.folds,        v,
                 training,     spread_head, sliced, layout.round_chunks, layout.slices};
     }
+    // Only helix is cut.
+    int row_pieces() const { return layout.ranks > 1 && layout.schedule == "helix" ? layout.row_pieces : 1; }
     std::string schedule_name() const {
         std::string name = layout.ranks == 1 ? "accumulate" : layout.schedule;
         if (name == "interleaved")
@@ -74,7 +76,7 @@ struct RankOptions {
         if (name == "helix")
             name += ", folds " + std::to_string(layout.folds) + helix_text(layout.helix) +
                     (layout.round_chunks ? ", rounds of " + std::to_string(layout.round_chunks) : "") +
-                    (layout.row_pieces > 1 ? ", " + std::to_string(layout.row_pieces) + " row pieces" : "");
+                    (row_pieces() > 1 ? ", " + std::to_string(row_pieces()) + " row pieces" : "");
         if (layout.deferred && layout.ranks > 1)
             name += ", up to " + std::to_string(layout.deferred) + " weight gradients deferred";
         return name;
@@ -195,7 +197,7 @@ inline OpLists lists_of(const RankOptions& o, const std::vector<ChunkShape>& sha
         lists = schedule.lists(in);
     }
     if (o.layout.deferred > 0 && training && o.layout.ranks > 1) lists = with_deferred_weights(o, shapes, lists, in);
-    if (o.layout.row_pieces > 1 && o.layout.ranks > 1) lists = cut_into_row_pieces(lists, in, o.layout.row_pieces);
+    if (o.row_pieces() > 1) lists = cut_into_row_pieces(lists, in, o.row_pieces());
     if (const std::vector<std::string> problems = check_lists(lists, in); !problems.empty())
         throw std::logic_error("the schedule " + o.layout.schedule + " is wrong: " + problems[0]);
     return lists;

@@ -79,9 +79,9 @@ private:
     static RehearsalMessage message_of(const Op& op) { return {0, op.part, op.pass, op.layer, op.chunk, op.piece}; }
 
     void compute(size_t i) {
-        if (const int receive = plan_.receive_of[i]; receive >= 0) {
-            const Op& promised = plan_.ops[size_t(receive)];
-            const RehearsalMessage& m = messages_[size_t(receive)];
+        for (const size_t receive : plan_.receives_of(i)) {
+            const Op& promised = plan_.ops[receive];
+            const RehearsalMessage& m = messages_[receive];
             if (m.part != promised.part || m.pass != promised.pass || m.layer != promised.layer ||
                 m.chunk != promised.chunk || m.piece != promised.piece)
                 throw std::logic_error("the " + op_name(promised) + " has brought something else");

@@ -308,7 +308,8 @@ inline ArenaSize assign_offsets(std::vector<Lifetime>& tensors, int op_count, in
     Stacking stacking(boxes, live);
     for (const int64_t height : {loose, live_peak}) {
         if (size.bytes <= std::max(good, height)) continue;
-        if (stacking.search(height, size.bytes > loose ? 300'000'000 : 10'000'000)) keep_if_smaller();
+        if (!stacking.search(height, size.bytes > loose ? 300'000'000 : 10'000'000)) break;
+        keep_if_smaller();
     }
     return size;
 }

@@ -113,6 +113,8 @@ inline std::vector<std::string> check_lists(const OpLists& lists, const Schedule
             if (received[k].rank != op.peer || at(received[k]).peer != r) problem(r, op, "has no receive at its peer");
         } else if (op.kind == Kind::receive) {
             if (sent[k].rank != op.peer || at(sent[k]).peer != r) problem(r, op, "has no send at its peer");
+            if (op.piece > 0 && received[k - 1].rank == r && received[k - 1].op > i)
+                problem(r, op, "comes before the piece before it");
         } else if (op.pass != Pass::W && chain.position(op) > 0) {
             const size_t input = index.input(op), last = input + size_t(pieces - 1) - input % size_t(pieces);
             const Place from = ran[input].rank >= 0 ? ran[input] : ran[last];

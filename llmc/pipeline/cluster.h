@@ -42,6 +42,7 @@ struct Cluster {
     double memory = 0;                   // GB (1e9 bytes)
     double price = 0;                    // dollars an hour, 0: none given
     std::string precision = "bf16";      // of training: element_precisions
+    int threads = 1;                     // of a CPU rank, where these were measured
     // How they are joined.
     int devices = 1, devices_per_node = 1;
     int tp = 1;  // devices that stand behind one pipeline rank: a tensor-parallel group with sequence parallelism
@@ -106,6 +107,7 @@ inline std::vector<ClusterKey> cluster_keys(Cluster& c) {
         {"device", "memory_bandwidth", &c.memory_bandwidth, tiny, huge, "4000"},
         {"device", "memory", &c.memory, tiny, huge, "96"},
         {"device", "precision", &c.precision, 0, 0, "\"bf16\"", false},
+        {"device", "threads", &c.threads, 1, 1e6, "1", false},
         {"device", "price", &c.price, 0, huge, "2.5", false},
         {"node", "devices", &c.devices_per_node, 1, 1e6, "8"},
         {"node", "bandwidth", &c.inside.bandwidth, tiny, huge, "450"},

@@ -168,7 +168,7 @@ inline OpWork op_work(const Op& op, const ChunkShape& shape, const ChunkWork& ch
         if (makes(Tensor::d_qkv_weights)) product(qkv, 0, 1);
     }
     if (op.part == Part::pre && op.pass == Pass::B) {
-        if (reads(Tensor::d_qkv_weights)) work.bytes += 3 * s * qkv;
+        if (reads(Tensor::d_qkv_weights)) work.bytes += 3 * s * qkv / op.pieces;  // by one piece for all
         if (makes(Tensor::d_residual)) pre_backward(op.split);
     }
     if (op.part == Part::pre && op.pass == Pass::W) product(qkv, 0, 1);
@@ -254,19 +254,20 @@ public:
                         op.weights = weights, op.piece = piece;
                         bytes_[message_index(op)] = ::message_bytes(op, rules, sizes, moved, g);
                     }
-                op.weights = false, op.piece = 0;
+                op.weights = false;
                 const bool block = op.pass == Pass::B && (op.part == Part::pre || op.part == Part::post);
                 const auto add = [&] {
                     ChunkWork rows = chunk;
-                    rows.tokens = std::max<int64_t>(1, rows.tokens / op.pieces);
-                    times_[index(op)] = ms(op_work(op, chunks[c], rows, g, rules, sizes, cluster_.matrix_efficiency,
-                                                   mlp_chunk, head_chunk),
-                                           rows, double(g.channels * sizes.x));
+                    rows.tokens = piece_rows(op, chunk.tokens).count;
+                    const double mean = double(chunk.tokens) / op.pieces / double(rows.tokens);  // of these rows
+                    times_[index(op)] = mean * ms(op_work(op, chunks[c], rows, g, rules, sizes,
+                                                          cluster_.matrix_efficiency, mlp_chunk, head_chunk),
+                                                  rows, double(g.channels * sizes.x));
                 };
                 const Pass pass = op.pass;
                 for (const bool keeps : {false, true})
                     for (const int of : {1, pieces}) {
-                        op.keeps = keeps, op.pass = pass, op.pieces = of, add();
+                        op.keeps = keeps, op.pass = pass, op.pieces = of, op.piece = of - 1, add();
                         if (!block) continue;
                         op.split = true, add();
                         op.split = false, op.pass = Pass::W, add();

@@ -35,6 +35,20 @@ struct Plan {
     std::vector<PlannedTensor> tensors = {};
     ArenaSize size = {};
 
+    // All receives that bring a compute op its input, the last one first: several where it takes all row pieces.
+    std::vector<size_t> receives_of(size_t op) const {
+        std::vector<size_t> receives;
+        if (receive_of[op] < 0) return receives;
+        const Op& last = ops[size_t(receive_of[op])];
+        const size_t count = ops[op].pieces == 1 ? size_t(last.pieces) : 1;
+        for (size_t i = size_t(receive_of[op]) + 1; receives.size() < count && i-- > 0;)
+            if (const Op& other = ops[i];
+                other.kind == Kind::receive && std::tie(other.part, other.pass, other.layer, other.chunk) ==
+                                                   std::tie(last.part, last.pass, last.layer, last.chunk))
+                receives.push_back(i);
+        return receives;
+    }
+
     // The bytes alive at each op.
     std::vector<int64_t> live_bytes() const {
         std::vector<int64_t> live(ops.size() + 1);

@@ -87,7 +87,7 @@ inline nlohmann::json event_json(const TraceEvent& event) {
     if (op.layer >= 0) json["layer"] = op.layer;
     if (op.peer >= 0) json["peer"] = op.peer;
     if (op.batch >= 0) json["batch"] = op.batch;
-    if (op.pieces > 1) json["piece"] = op.piece;
+    if (op.pieces > 1) json["piece"] = op.piece + 1, json["pieces"] = op.pieces;
     if (event.bytes > 0) json["bytes"] = event.bytes;
     return json;
 }
