@@ -3,8 +3,7 @@
 // those that were planned. Goals: times within 10 %, bubbles within 3 points, memory to the byte.
 //
 // The machine may be shared, so that each case is measured twice:
-//   measured  by the clock, of the steps whose ranks were pushed aside least; `aside` is the part of their time in
-//   which
+//   measured  by the clock, of the steps whose ranks were pushed aside least; `aside` is the part of their time that
 //             others had the core. Where that is more than a few percent, it tells of the others
 //   alone     the same step, simulated with the time that each op has had a core, whatever happened in between: what
 //             the step takes where nobody else is, but for caches and memory that others use

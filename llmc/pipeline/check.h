@@ -1,12 +1,11 @@
 // Proves the lists of all ranks before the first step:
 //
-//   - every op of the model runs exactly once; a part's parameters are on one rank, but for the parts that helix
-//   spreads,
-//     and its backward runs where its forward ran; gradients of weights that a B leaves out are added by one W after
-//     it; a part that runs in row pieces runs them in their order;
+//   - every op of the model runs exactly once, whole or in row pieces in their order; a part's parameters are on one
+//     rank, but for those that helix spreads, and its backward runs where its forward ran; gradients of weights that a
+//     B leaves out are added by one W after it;
 //   - every op has its input, from an op before it on its rank or from a message received before it;
-//   - every message has one send, after its contents are computed, one receive and one reader, and the n-th send of a
-//     rank to another carries what is expected there as the n-th receive;
+//   - every message has one send, after its contents are computed, one receive and one reader; its row pieces come in
+//     their order; and the n-th send of a rank to another carries what is expected there as the n-th receive;
 //   - no deadlock: under the rules of simulate.h all ops come to run.
 #pragma once
 
