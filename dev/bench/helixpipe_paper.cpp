@@ -495,9 +495,10 @@ void print_goals(const std::vector<Goal>& goals) {
     print_rows("Goals", rows);
 }
 
-// The median of three steps, rehearsed by threads of this machine in some seconds each, in ms of the plan.
+// The median of three steps, rehearsed by threads of this machine in some seconds each, more for more chunks so that
+// sleeps are as long, in ms of the plan.
 double rehearsed_ms(const Cluster& cluster, const Outcome& o, int m) {
-    constexpr double seconds = 6;
+    const double seconds = 6 * std::max(1.0, m / 16.0);
     const PlannedStep step = planned(cluster, o.options, m, o.limit);
     const OpCosts costs = step.costs(cluster);
     const double scale = 1e3 * seconds / o.ms;
@@ -522,9 +523,10 @@ void print_rehearsal(const Cluster& cluster, const std::string& links, const std
                             ratio_text(ms / o.ms), ratio_text(ms / ours)});
         };
         add("fast: ", r.fast.ours);
+        add("", r.one_f_one_b);
+        if (r.at.m > 2 * r.at.p) continue;  // that takes minutes, and has no other goals
         add("lean: ", r.lean.ours);
         add("", r.published[1]);
-        add("", r.one_f_one_b);
         add("", r.zb1p);
         add("fast: ", r.fast.best());
         add("lean: ", r.lean.best());
