@@ -106,7 +106,7 @@ cuda-build: $(BUILD)/train_gpt build/tests/kernel_cases_cuda-fp32 $(if $(HAS_NCC
 
 tests: $(addprefix build/,cpu-bf16/train_gpt cpu-bf16/test_gpt cpu-fp64/test_gpt cuda-on-host-fp32/test_gpt) \
        $(UNIT_TESTS) $(FUZZ_TESTS) build/tests/cuda_on_host_faults \
-       $(addprefix build/tests/kernel_cases_,cpu-fp64 cpu-fp32 cpu-bf16 cuda-on-host-fp32 cuda-on-host-bf16) $(if $(MPI_FLAGS),build/tests/mpi_check build/tests/mpi_layouts)
+       $(addprefix build/tests/kernel_cases_,cpu-fp64 cpu-fp32 cpu-bf16 cuda-on-host-fp32 cuda-on-host-bf16) $(if $(MPI_FLAGS),$(addprefix build/tests/mpi_,check layouts check_on_host layouts_on_host))
 
 train_gpt test_gpt: %: $(BUILD)/% FORCE
 	@ln -sfn $< $@
@@ -147,6 +147,11 @@ build/tests/%_tsan_test: dev/tests/%_tsan_test.cpp
 
 build/tests/%_fp64_test: dev/tests/%_fp64_test.cpp
 	$(COMPILE) -O2 -DPRECISION_FP64 $< -o $@ -lgtest -lgtest_main -pthread
+
+# Ranks as processes; also of the program for GPUs, on the host.
+build/tests/mpi_check_on_host: ON_HOST := -Idev/tests/nccl_on_host $(ON_HOST)
+build/tests/mpi_%_on_host: dev/tests/mpi_%.cpp
+	$(COMPILE) $(ON_HOST) -DPRECISION_FP32 $< -o $@ -lboost_context $(MPI_FLAGS)
 
 build/tests/mpi_%: dev/tests/mpi_%.cpp
 	$(COMPILE) -O2 -DPRECISION_FP32 $< -o $@ $(MPI_FLAGS)

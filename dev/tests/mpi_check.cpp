@@ -1,5 +1,6 @@
 // Run under mpirun by test_mpi.py. `exchange` tries what the transport promises; the others train nothing for ever,
-// until one rank dies, hangs, throws or comes to an end.
+// until one rank dies, hangs, throws or comes to an end. Built for GPUs, too, on the host, with streams that run later
+// than they are told (nccl_on_host).
 #include <cstdio>
 #include <optional>
 
@@ -12,24 +13,58 @@ static void expect(bool holds, const char* what) {
     if (!holds) throw std::runtime_error(std::string("not so: ") + what);
 }
 
-// Messages of many sizes from everyone to everyone: some receives are posted before the sends, some after.
-static void exchange(Transport& transport) {
+// Memory of the device, for messages. Outlives the transport.
+class Memory {
+public:
+    uint8_t* take(int64_t bytes) { return taken_.emplace_back(bytes).data(); }
+
+private:
+    std::deque<DeviceMemory<uint8_t>> taken_;
+};
+
+// As a kernel would: on a GPU, when the compute stream comes to it.
+static void copy(const Device& device, void* to, const void* from, int64_t bytes, Way way) {
+    if (bytes == 0) return;
+#ifdef USE_CUDA
+    const cudaMemcpyKind kind = way == Way::to_device ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
+    CUDA_CHECK(cudaMemcpyAsync(to, from, size_t(bytes), kind, device.stream));
+#else
+    (void)device, (void)way;
+    std::memcpy(to, from, size_t(bytes));
+#endif
+}
+
+// Messages of many sizes from everyone to everyone: some receives are posted before the sends, some after. The next
+// round uses their memory again at once, without the host ever waiting for a stream.
+static void exchange(const Device& device, Transport& transport, Memory& memory) {
     const int rank = transport.rank, ranks = transport.ranks;
-    const std::vector<int64_t> sizes = {0, 1, 4096, 70001, 3 << 20, 5};
-    auto value = [](int from, int to, size_t n, size_t i) { return uint8_t(from * 31 + to * 7 + int(n) * 3 + int(i)); };
-    std::vector<std::vector<uint8_t>> buffers;
-    for (int round = 0; round < 3; ++round) {
-        buffers.clear();
-        std::vector<Transfer> sends, receives;
-        for (int peer = 0; peer < ranks; ++peer)
-            for (size_t n = 0; n < sizes.size() && peer != rank; ++n) {
-                for (const bool send : {true, false}) {
-                    buffers.emplace_back(size_t(sizes[n]));
-                    if (send)
-                        for (size_t i = 0; i < buffers.back().size(); ++i) buffers.back()[i] = value(rank, peer, n, i);
-                    (send ? sends : receives).push_back({send, peer, buffers.back().data(), sizes[n]});
-                }
-            }
+    std::vector<int64_t> sizes = {0, 1, 4096, 70001, 3 << 20, 5};
+#ifdef USE_CUDA
+    sizes.push_back((33 << 20) + 5);  // goes in three pieces
+#endif
+    std::vector<Transfer> sends, receives;
+    for (int peer = 0; peer < ranks; ++peer)
+        for (const int64_t bytes : sizes)
+            for (const bool send : {true, false})
+                if (peer != rank) (send ? sends : receives).push_back({send, peer, memory.take(bytes), bytes});
+
+    const auto bytes_of = [&](int from, int to, size_t n, int round) {
+        std::vector<uint8_t> bytes(static_cast<size_t>(sizes[n % sizes.size()]));
+        for (size_t i = 0; i < bytes.size(); ++i)
+            bytes[i] = uint8_t(from * 31 + to * 7 + int(n % sizes.size()) * 3 + round * 5 + int(i) + int(i >> 20));
+        return bytes;
+    };
+    constexpr int rounds = 3;
+    std::vector<std::vector<uint8_t>> out, in;  // [round and transfer] as the host has them
+    for (int round = 0; round < rounds; ++round)
+        for (size_t n = 0; n < sends.size(); ++n) {
+            out.push_back(bytes_of(rank, sends[n].peer, n, round));
+            in.emplace_back(out.back().size());
+        }
+    for (int round = 0; round < rounds; ++round) {
+        const size_t of_round = size_t(round) * sends.size();
+        for (size_t n = 0; n < sends.size(); ++n)
+            copy(device, sends[n].data, out[of_round + n].data(), sends[n].bytes, Way::to_device);
         const bool sends_first = (rank + round) % 2;
         const int64_t first = transport.post(sends_first ? sends : receives);
         if (round == 1) transport.all_gather("between");
@@ -37,13 +72,16 @@ static void exchange(Transport& transport) {
         expect(second == first + int64_t(sends.size()), "transfers are numbered on");
         transport.wait(second, second + 1);
         transport.wait(first, second + int64_t(sends.size()));
-        size_t n = 0;
-        for (const Transfer& t : receives) {
-            for (size_t i = 0; i < size_t(t.bytes); ++i)
-                expect(static_cast<uint8_t*>(t.data)[i] == value(t.peer, rank, n % sizes.size(), i), "bytes arrive");
-            ++n;
-        }
+        for (size_t n = 0; n < receives.size(); ++n)
+            copy(device, in[of_round + n].data(), receives[n].data, receives[n].bytes, Way::to_host);
     }
+#ifdef USE_CUDA
+    CUDA_CHECK(cudaStreamSynchronize(device.stream));
+#endif
+    for (int round = 0; round < rounds; ++round)
+        for (size_t n = 0; n < receives.size(); ++n)
+            expect(in[size_t(round) * receives.size() + n] == bytes_of(receives[n].peer, rank, n, round),
+                   "bytes arrive");
     const std::vector<std::string> texts =
         transport.all_gather(std::string(size_t(rank) * 1000, 'a') + std::to_string(rank));
     for (int r = 0; r < ranks; ++r)
@@ -56,19 +94,19 @@ static void exchange(Transport& transport) {
 }
 
 // A planted error: the receiver expects another size than the sender sends.
-static void mismatch(Transport& transport, int64_t sent, int64_t expected) {
-    std::vector<char> buffer(size_t(std::max(sent, expected)));
-    const Transfer t{transport.rank == 0, 1 - transport.rank, buffer.data(), transport.rank == 0 ? sent : expected};
+static void mismatch(Transport& transport, Memory& memory, int64_t sent, int64_t expected) {
+    const int64_t bytes = transport.rank == 0 ? sent : expected;
+    const Transfer t{transport.rank == 0, 1 - transport.rank, memory.take(bytes), bytes};
     transport.post({&t, 1});
     transport.wait(0, 1);
     transport.all_gather("");
 }
 
 // A ring in which rank r computes for a while and passes on: every rank is at any time in an op or a wait.
-static void ring(Transport& transport, Progress& progress, const std::string& mode, int who) {
+static void ring(Transport& transport, Memory& memory, Progress& progress, const std::string& mode, int who) {
     const int rank = transport.rank, ranks = transport.ranks, next = (rank + 1) % ranks,
               last = (rank + ranks - 1) % ranks;
-    char out = 0, in = 0;
+    uint8_t *const out = memory.take(1), *const in = memory.take(1);
     transport.all_gather("");
     for (int step = 0;; ++step) {
         if (step == 20) std::fprintf(stderr, "rank %d pid %d\n", rank, int(getpid()));  // all have heard of all
@@ -79,7 +117,7 @@ static void ring(Transport& transport, Progress& progress, const std::string& mo
             throw Failure(EXIT_NONFINITE, "rank " + std::to_string(rank) + " throws");
         if (mode == "hang" && rank == who && step == 50) pause();
         if (mode == "end" && step == 50) return;
-        const Transfer transfers[] = {{true, next, &out, 1}, {false, last, &in, 1}};
+        const Transfer transfers[] = {{true, next, out, 1}, {false, last, in, 1}};
         const int64_t first = transport.post(transfers);
         Op receive = op;
         receive.kind = Kind::receive;
@@ -103,16 +141,24 @@ int main(int argc, char** argv) {
     try {
         const std::string mode = argc > 1 ? argv[1] : "";
         const MpiSession session(read_launch());
+        const OpenDevice open(1, session.launch.local_rank);
+        Memory memory;
         MpiTransport transport(session);
+        transport.attach(open.device);
         std::optional<Signals> signals;
         if (mode == "signal") signals.emplace([] { return std::string(); });
         Progress progress;
         const Watchdog watchdog({&progress}, 5, &transport);
-        if (mode == "exchange") exchange(transport);
-        else if (mode == "short") mismatch(transport, 100, 50);
-        else if (mode == "long") mismatch(transport, 50, 100);
-        else if (mode == "signal") until_signal(transport, *signals, argc > 2 ? std::atoi(argv[2]) : 0);
-        else ring(transport, progress, mode, argc > 2 ? std::atoi(argv[2]) : -1);
+        try {
+            if (mode == "exchange") exchange(open.device, transport, memory);
+            else if (mode == "short") mismatch(transport, memory, 100, 50);
+            else if (mode == "long") mismatch(transport, memory, 50, 100);
+            else if (mode == "signal") until_signal(transport, *signals, argc > 2 ? std::atoi(argv[2]) : 0);
+            else ring(transport, memory, progress, mode, argc > 2 ? std::atoi(argv[2]) : -1);
+        } catch (...) {
+            transport.abandon();
+            throw;
+        }
         progress.nothing();
         return mode == "signal" ? EXIT_REQUEUE : 0;
     } catch (const Failure& failure) {

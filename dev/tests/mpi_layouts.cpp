@@ -1,18 +1,23 @@
 // Run under mpirun by test_mpi.py: of the layouts over all axes (layouts.h) those for processes and for so many ranks
-// as there are. Each has to agree with one rank, and to the bit with thread ranks.
+// as there are. Each has to agree with one rank, and to the bit with thread ranks. Built for GPUs, too, on the host.
 #include <cstdio>
 
 #include "dev/tests/layouts.h"
 #include "llmc/parallel/mpi_transport.h"
 
+#ifdef USE_CUDA
+constexpr int steps = 2, every = 2;  // every second layout: the host plays the GPU, slowly
+#else
+constexpr int steps = 5, every = 1;
+#endif
+
 int main() {
-    constexpr int steps = 5;
     try {
         const MpiSession session(read_launch());
         MpiTransport transport(session);
-        int passed = 0, failed = 0;
+        int met = 0, passed = 0, failed = 0;
         for (const LayoutCase& layout : CoveringLayouts(seed_of_tests()).processes) {
-            if (layout.ranks != transport.ranks) continue;
+            if (layout.ranks != transport.ranks || met++ % every != 0) continue;
             const LayoutRun run = run_rank(layout, transport, steps);
             if (transport.rank != 0) continue;
             LayoutCase one = layout.on_one_rank();
