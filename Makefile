@@ -78,7 +78,7 @@ $(CUDNN_OBJECT): llmc/kernels/cudnn_attention.cpp
 UNIT_TESTS := $(filter-out %/cudnn_plans_test,$(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/*_test.cpp)))
 FUZZ_TESTS := $(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/fuzz_*.cpp))
 BENCHMARKS := $(patsubst dev/bench/%.cpp,build/bench/%,$(wildcard dev/bench/*.cpp))
-SOURCES    := $(wildcard *.cu llmc/*.h llmc/*/*.h llmc/*/*/*.h llmc/*/*.cuh llmc/*/*.cpp dev/tests/*.cpp dev/tests/*.h dev/tests/*/*.h dev/bench/*.cpp dev/bench/*.h)
+SOURCES    := $(wildcard *.cu llmc/*.h llmc/*/*.h llmc/*/*/*.h llmc/*/*.cuh llmc/*/*.cpp dev/tests/*.cpp dev/tests/*.h dev/tests/*/*.h dev/bench/*.cpp dev/bench/*.cu dev/bench/*.h)
 
 .DEFAULT_GOAL := all
 .PHONY: all run test bench tests cuda-build format check-format tidy clean help
@@ -119,10 +119,11 @@ build/tests/cudnn_plans_test: dev/tests/cudnn_plans_test.cpp $(CUDNN_OBJECT)
 # with changes.
 BUILT_WITH = $(CXX) $(CXXFLAGS) $(MPI_FLAGS) $(if $(filter cuda,$(DEVICE)),$(CUDA_ARCH) $(if $(HAS_NCCL),NCCL) $(if $(HAS_CUDNN),cuDNN))
 define programs
-build/$(1)-$(2)/% build/tests/kernel_cases_$(1)-$(2): DEVICE := $(1)
-build/$(1)-$(2)/% build/tests/kernel_cases_$(1)-$(2): PRECISION := $(2)
+build/$(1)-$(2)/% build/tests/kernel_cases_$(1)-$(2) build/bench/gpu_kernels_$(1)-$(2): DEVICE := $(1)
+build/$(1)-$(2)/% build/tests/kernel_cases_$(1)-$(2) build/bench/gpu_kernels_$(1)-$(2): PRECISION := $(2)
 build/$(1)-$(2)/%: %.cu build/$(1)-$(2)/flags $$(if $$(HAS_CUDNN),$$(CUDNN_OBJECT)) ; $$(BUILD_$(1))
 build/tests/kernel_cases_$(1)-$(2): dev/tests/kernel_cases.cpp $$(if $$(HAS_CUDNN),$$(CUDNN_OBJECT)) ; $$(BUILD_$(1))
+build/bench/gpu_kernels_$(1)-$(2): dev/bench/gpu_kernels.cu $$(if $$(HAS_CUDNN),$$(CUDNN_OBJECT)) ; $$(BUILD_$(1))
 build/$(1)-$(2)/flags: FORCE ; @mkdir -p $$(@D) && echo '$$(BUILT_WITH)' | cmp -s - $$@ || echo '$$(BUILT_WITH)' >$$@
 endef
 $(foreach precision,fp32 bf16 fp64,$(eval $(call programs,cpu,$(precision))))

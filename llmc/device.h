@@ -44,6 +44,8 @@ struct Device {
     int multiprocessors = 1;
     cublasLtHandle_t blas = nullptr;
     MatmulAlgorithms* algorithms = nullptr;
+    bool tune_products = false;  // new products choose the fastest of several algorithms; whoever sets it throws away
+                                 // what products have accumulated meanwhile
     CudnnAttention* cudnn = nullptr;  // null: our own attention
 #endif
 

@@ -304,13 +304,13 @@ private:
     }
 };
 
-// The algorithm that cuBLASLt's heuristic puts first; none where it has none for such a product.
-inline std::optional<cublasLtMatmulAlgo_t> find_algorithm(const Device& device, const MatmulDescription& m) {
+// The algorithms that cuBLASLt's heuristic puts first, at most so many; none where it has none for such a product.
+inline std::vector<cublasLtMatmulAlgo_t> find_algorithms(const Device& device, const MatmulDescription& m, int most) {
     cublasLtMatmulPreference_t preference = nullptr;
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     const size_t workspace = MATMUL_WORKSPACE_BYTES;
     const uint32_t alignment = 16;  // of rows anywhere in a matrix
-    cublasLtMatmulHeuristicResult_t found{};
+    std::vector<cublasLtMatmulHeuristicResult_t> found(static_cast<size_t>(most));
     int count = 0;
     cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
@@ -322,12 +322,14 @@ inline std::optional<cublasLtMatmulAlgo_t> find_algorithm(const Device& device, 
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
         set(operand, alignment);
     if (status == CUBLAS_STATUS_SUCCESS)
-        status =
-            cublasLtMatmulAlgoGetHeuristic(device.blas, m.product, m.a, m.b, m.d, m.d, preference, 1, &found, &count);
+        status = cublasLtMatmulAlgoGetHeuristic(device.blas, m.product, m.a, m.b, m.d, m.d, preference, most,
+                                                found.data(), &count);
     cublasLtMatmulPreferenceDestroy(preference);
-    if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) return std::nullopt;
-    CUBLAS_CHECK(status);
-    return found.algo;
+    if (status != CUBLAS_STATUS_NOT_SUPPORTED) CUBLAS_CHECK(status);
+    std::vector<cublasLtMatmulAlgo_t> algorithms;
+    for (int i = 0; i < count; i++)
+        if (found[size_t(i)].state == CUBLAS_STATUS_SUCCESS) algorithms.push_back(found[size_t(i)].algo);
+    return algorithms;
 }
 
 // Whether cuBLASLt has run the product.
@@ -335,13 +337,23 @@ template <class Out>
 bool try_multiply(const Device& device, const Product<Out>& p) {
     if (p.out.rows == 0 || p.out.cols == 0) return true;
     const MatmulDescription m(p);
-    const auto [known, is_new] = device.algorithms->try_emplace(p.key());
-    if (is_new) known->second = find_algorithm(device, m);
-    if (!known->second) return false;
     const float one = 1, beta = p.accumulate;
-    CUBLAS_CHECK(cublasLtMatmul(
-        device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, p.out.data, m.d, p.out.data, m.d,
-        &*known->second, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES), MATMUL_WORKSPACE_BYTES, device.stream));
+    const auto run = [&](const cublasLtMatmulAlgo_t& algorithm) {
+        CUBLAS_CHECK(cublasLtMatmul(
+            device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, p.out.data, m.d, p.out.data, m.d,
+            &algorithm, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES), MATMUL_WORKSPACE_BYTES, device.stream));
+    };
+    const auto [known, is_new] = device.algorithms->try_emplace(p.key());
+    if (is_new) {
+        double least = std::numeric_limits<double>::infinity();
+        for (const auto& algorithm : find_algorithms(device, m, device.tune_products ? 8 : 1)) {
+            const double seconds =
+                device.tune_products ? best_seconds_on_gpu(device.stream, 3, [&] { run(algorithm); }) : 0;
+            if (seconds < least) least = seconds, known->second = algorithm;
+        }
+    }
+    if (!known->second) return false;
+    run(*known->second);
     return true;
 }
 
