@@ -355,8 +355,27 @@ void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions) {
     }
 }
 
+// Runs every op of a step on whatever is in memory, without messages, before the first step: a GPU loads kernels when
+// they are first used, and may wait for all its streams to do so. Meanwhile the products choose their algorithms,
+// unless the bits of a run are to repeat in another. Only the gradients are written to, which every step begins with
+// zeros.
+void warm_up([[maybe_unused]] Rank& rank, [[maybe_unused]] const Step& step) {
+#ifdef USE_CUDA
+    const Plan& plan = rank.plan_for(step.group_sizes, true);
+    rank.inputs.load(rank.device, step);
+    rank.device.tune_products = !rank.options.deterministic;
+    for (size_t i = 0; i < plan.ops.size(); ++i)
+        if (plan.ops[i].kind == Kind::compute) compute(rank, plan, i, 1, nullptr);
+    rank.device.tune_products = false;
+    finish(rank.device);
+#endif
+}
+
 double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer) {
     rank.inputs.load(rank.device, step);
+#ifdef USE_NCCL
+    rank.transport.all_gather("");  // whoever asks for memory now may wait for GPUs that wait for messages
+#endif
     fill_zero(rank.device, rank.loss.data(), 1);
     if (observer) observer->losses.resize(step.chunks.size());
     run_ops(rank, plan,
@@ -553,6 +572,11 @@ std::string name_nonfinite(const Rank& rank) {
     std::string differ;
     for (const std::string& name : rank.transport.all_gather(same ? "" : std::to_string(rank.index)))
         differ += (differ.empty() || name.empty() ? "" : ", ") + name;
+    if (!differ.empty() && !repeats_bits(rank.options))
+        throw JointFailure(EXIT_NONFINITE,
+                           what +
+                               "A replay gave different bits, as it may without --deterministic, so that data, "
+                               "optimisation or hardware may be the cause: resume with --deterministic, which tells");
     if (differ.empty())
         throw JointFailure(EXIT_NONFINITE,
                            what +
@@ -765,6 +789,7 @@ int training_loop(Training& run) {
         const Step step = prepare_step(batch, c.data.chunk_tokens, rank.options.model);
         const int64_t number = run.state.step + 1;
 
+        if (run.state.step == first_step) warm_up(rank, step);
         const double loss = compute_gradients(rank, step);
         const double norm = gradient_norm(rank);
         if (std::isfinite(loss) && std::isfinite(norm)) {
@@ -938,6 +963,8 @@ int train_command(Config c, Team& team) {
     std::optional<Signals> signals;
     std::optional<DirectoryLock> lock;
     std::optional<Job> job;
+    // Before a GPU is asked anything: its driver's threads must not take signals.
+    if (!c.run.dry_run) signals.emplace([&] { return team.status(); }, [&] { return team.peer_died(); }, speaks);
     if (!c.run.init_from.empty()) take_sizes_of(c, c.run.init_from, team.processes());
     if (c.parallel.schedule == "auto") choose_schedule(c, team.processes());
     bool dry_run = false;
@@ -953,7 +980,6 @@ int train_command(Config c, Team& team) {
             besides = plan_memory(rank_options(single, model_of(c), true)).total();
         }
         check_memory(c, plans, besides, [&](int64_t available) { return fitting_layout(c, plans, available); });
-        signals.emplace([&] { return team.status(); }, [&] { return team.peer_died(); }, speaks);
         const Tokenizer tokenizer(c.data.tokenizer);
         const auto open = [&](const std::string& files, uint64_t seed) {
             return Loader(open_token_files(files), loader_options(c, tokenizer, seed));
@@ -968,7 +994,8 @@ int train_command(Config c, Team& team) {
         const int threads = c.threads() * team.local_ranks(int(c.parallel.ranks));
         double peak = 0;  // measured by one process while the others wait
         if (speaks) peak = measure_matrix_peak(threads);
-        peak *= double(c.parallel.ranks) / team.local_ranks(int(c.parallel.ranks));
+        const int local = team.local_ranks(int(c.parallel.ranks));
+        peak *= double(c.parallel.ranks) / local * devices_of(local);
         job.emplace(c, tokenizer, std::move(loader), std::move(val_loader), *signals, peak,
                     speaks ? cluster_of_this_run(c) : std::nullopt, used_on_device());
     });
@@ -1004,6 +1031,9 @@ int main(int argc, char** argv) {
         Team team(launch);
         const Config config = parse_config(argc, argv, team.launch);
         omp_set_num_threads(config.threads());
+#ifdef USE_NCCL  // a kernel that is loaded while messages wait may wait for them in turn
+        if (config.parallel.ranks > 1) setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+#endif
         const std::string& command = config.command;
         const bool one_process = command == "tokenize" || command == "doctor" || command == "plan";
         if (launch.ranks > 1 && one_process)

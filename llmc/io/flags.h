@@ -44,10 +44,15 @@ struct Config {
     } training;
     struct {
         std::string recompute = "none";
-        int64_t mlp_chunk = 0, head_chunk = 256;
+        int64_t mlp_chunk = 0;
+#ifdef USE_CUDA
+        int64_t head_chunk = 8192;  // the gradient of the head's weight, in fp32, is read and written for each chunk
+#else
+        int64_t head_chunk = 256;  // logits stay in the cache
+#endif
         int64_t threads = 0, memory = 0;                 // of each rank; memory in bytes, of all ranks on a machine
         bool deterministic = false;                      // on GPUs, like the next; elsewhere every run is
-        int64_t attention_workspace = int64_t(1) << 30;  // bytes
+        int64_t attention_workspace = int64_t(4) << 30;  // bytes
     } compute;
     struct {
         int64_t ranks = 1;

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "llmc/device.h"
+#include "llmc/kernels/reduce.cuh"
 #ifndef USE_CUDA
 #include "llmc/kernels/simd.h"
 
@@ -368,24 +369,6 @@ __global__ void __launch_bounds__(Rows::most_threads, Rows::TEAMS > 1 ? 2 : 1)
     }
 }
 
-// A block has 16 of the 2 C columns, 16 neighbouring threads every 64th row.
-constexpr int SUMMED_COLUMNS = 2 * PACK, ROW_SLICES = 64;
-
-__global__ void layernorm_backward_sums(float* dweight /*[C] +=*/, float* dbias /*[C] +=*/,
-                                        const float* partial /*[rows, 2, C]*/, int rows, int C) {
-    float* sums = shared_memory<float>();  // [ROW_SLICES, SUMMED_COLUMNS]
-    const int slice = int(threadIdx.x) / SUMMED_COLUMNS;
-    const int column = int(blockIdx.x) * SUMMED_COLUMNS + int(threadIdx.x) % SUMMED_COLUMNS;
-    float sum = 0;
-#pragma unroll 4
-    for (int row = slice; row < rows; row += ROW_SLICES) sum += partial[int64_t(row) * 2 * C + column];
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    if (slice > 0) return;
-    for (int s = 1; s < ROW_SLICES; s++) sum += sums[s * SUMMED_COLUMNS + int(threadIdx.x)];
-    *(column < C ? dweight + column : dbias + column - C) += sum;
-}
-
 // Blocks that go through the rows: with 512 threads on each multiprocessor, enough bytes are on their way. More
 // multiprocessors than GPUs have today are not used, so that the scratch memory is known without the GPU.
 constexpr int layernorm_multiprocessors = 160;
@@ -410,9 +393,7 @@ inline void layernorm_backward(const Device& device, Matrix<floatR> din /*[N, C]
         launch(layernorm_backward_kernel<decltype(rows)>, dim3(unsigned(blocks)), rows.threads(C),
                size_t(2 * WARP + rows.TEAMS * 2 * C) * sizeof(float), device.stream, din, partial, dout, in, mean, rstd,
                weight);
-        constexpr int threads = ROW_SLICES * SUMMED_COLUMNS;
-        launch(layernorm_backward_sums, dim3(unsigned(2 * C / SUMMED_COLUMNS)), threads, threads * sizeof(float),
-               device.stream, dweight, dbias, partial, int(blocks), int(C));
+        add_row_sums(device, dweight, dbias, {partial, blocks, 2 * C}, C);
     });
 }
 

@@ -33,6 +33,7 @@ public:
     // gradients or master weights: where a rank has them.
     void compare_tensors(floatS* Rank::*flat, double Errors::*worst) {
         std::vector<double> squares(3 * whole_.size());  // of difference, what is wanted, keys' bias; per parameter
+        if (alone_) finish(alone_->device);              // others will read its memory
         for (const Parameter& p : whole_) {
             const int owner = rank_.options.owner(p.part, p.layer);
             floatS* const from = alone_ ? alone_->*flat + p.offset : nullptr;

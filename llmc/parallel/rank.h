@@ -54,7 +54,7 @@ struct RankOptions {
 #ifdef USE_CUDA
     bool cudnn = true;           // where the program has it
     bool deterministic = false;  // the same bits every time; cuDNN's backward pass wants memory for that,
-    int64_t attention_workspace = int64_t(1) << 30;  // and gets so many bytes: beyond them, our own kernels run
+    int64_t attention_workspace = int64_t(4) << 30;  // and gets so many bytes: beyond them, our own kernels run
 #endif
 
     ScheduleInput schedule_input(int chunks, bool training, bool sliced) const {
@@ -145,6 +145,15 @@ inline std::string why_not_cudnn([[maybe_unused]] const RankOptions& o) {
 #endif
 }
 
+// Whether a step gives the same bits every time. cuDNN's backward pass adds in the order in which its blocks end.
+inline bool repeats_bits([[maybe_unused]] const RankOptions& o) {
+#ifdef USE_CUDNN
+    return o.deterministic || !why_not_cudnn(o).empty();
+#else
+    return true;
+#endif
+}
+
 inline TensorRules RankOptions::tensor_rules(bool training) const {
     TensorRules rules{int(model.layers), training, recompute};
     if (recompute == Recompute::automatic) rules.recompute = Recompute::without_attention;
@@ -198,7 +207,12 @@ inline OpLists lists_of(const RankOptions& o, const std::vector<ChunkShape>& sha
     }
     if (o.layout.deferred > 0 && training && o.layout.ranks > 1) lists = with_deferred_weights(o, shapes, lists, in);
     if (o.row_pieces() > 1) lists = cut_into_row_pieces(lists, in, o.row_pieces());
-    if (const std::vector<std::string> problems = check_lists(lists, in); !problems.empty())
+#ifdef USE_CUDA  // NCCL's groups arrive as a whole
+    constexpr Waiting waiting = Waiting::batch;
+#else
+    constexpr Waiting waiting = Waiting::message;
+#endif
+    if (const std::vector<std::string> problems = check_lists(lists, in, waiting); !problems.empty())
         throw std::logic_error("the schedule " + o.layout.schedule + " is wrong: " + problems[0]);
     return lists;
 }
