@@ -412,19 +412,21 @@ __global__ void __launch_bounds__(COLUMN_SUM_WARPS* WARP)
     const int64_t col = int64_t(blockIdx.x) * width;
     const int64_t begin = blockIdx.y * height, end = min(begin + height, dout.rows);
     Floats sum = {};
-    if (col + first < dout.cols)
-        for (int64_t row = begin + warp; row < end; row += ahead * COLUMN_SUM_WARPS) {
+    const auto add = [&](const Floats& d) {
+#pragma unroll
+        for (int k = 0; k < PACK; k++) sum[k] += d[k];
+    };
+    if (col + first < dout.cols) {
+        int64_t row = begin + warp;
+        for (; row + (ahead - 1) * COLUMN_SUM_WARPS < end; row += ahead * COLUMN_SUM_WARPS) {
             Floats d[ahead];
 #pragma unroll
-            for (int j = 0; j < ahead; j++) {
-                const int64_t r = row + j * COLUMN_SUM_WARPS;
-                d[j] = r < end ? load(dout.row(r) + col + first) : Floats{};
-            }
+            for (int j = 0; j < ahead; j++) d[j] = load(dout.row(row + j * COLUMN_SUM_WARPS) + col + first);
 #pragma unroll
-            for (int j = 0; j < ahead; j++)
-#pragma unroll
-                for (int k = 0; k < PACK; k++) sum[k] += d[j][k];
+            for (int j = 0; j < ahead; j++) add(d[j]);
         }
+        for (; row < end; row += COLUMN_SUM_WARPS) add(load(dout.row(row) + col + first));
+    }
     store(sums + warp * width + first, sum);
     __syncthreads();
     const int own = int(threadIdx.x);
