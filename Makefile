@@ -102,7 +102,7 @@ bench:  ## set up (a current PyTorch, too) and build the benchmarks into build/b
 	@$(MAKE) --no-print-directory train_gpt $(BENCHMARKS)
 
 # What `make test` builds for GPUs, to see that it builds.
-cuda-build: $(BUILD)/train_gpt build/tests/kernel_cases_cuda-fp32 $(if $(HAS_CUDNN),build/tests/cudnn_plans_test)
+cuda-build: $(BUILD)/train_gpt build/tests/kernel_cases_cuda-fp32 $(if $(HAS_NCCL),build/tests/nccl_self_cuda) $(if $(HAS_CUDNN),build/tests/cudnn_plans_test)
 
 tests: $(addprefix build/,cpu-bf16/train_gpt cpu-bf16/test_gpt cpu-fp64/test_gpt cuda-on-host-fp32/test_gpt) \
        $(UNIT_TESTS) $(FUZZ_TESTS) build/tests/cuda_on_host_faults \
@@ -130,7 +130,11 @@ $(foreach precision,fp32 bf16 fp64,$(eval $(call programs,cpu,$(precision))))
 $(foreach device,cuda-on-host cuda,$(foreach precision,fp32 bf16,$(eval $(call programs,$(device),$(precision)))))
 
 # Tests of CUDA code, without a GPU.
-build/tests/nccl_transport_on_host_test: ON_HOST := -Idev/tests/nccl_on_host -DUSE_NCCL $(ON_HOST)
+build/tests/nccl_transport_on_host_test build/tests/nccl_self_test: ON_HOST := -Idev/tests/nccl_on_host -DUSE_NCCL $(ON_HOST)
+build/tests/nccl_self_test: dev/tests/nccl_self_test.cpp
+	$(COMPILE) $(ON_HOST) -DPRECISION_FP32 $< -o $@ -lboost_context -pthread
+build/tests/nccl_self_cuda: PRECISION := fp32
+build/tests/nccl_self_cuda: dev/tests/nccl_self_test.cpp ; $(BUILD_cuda)
 build/tests/cuda_on_host_faults: dev/tests/cuda_on_host/faults.cpp
 	$(COMPILE) $(ON_HOST) -DPRECISION_BF16 $< -o $@ -lboost_context
 build/tests/%_on_host_test: dev/tests/%_on_host_test.cpp

@@ -2,10 +2,11 @@
 //
 //   test_gpt dump DIR     one step of the case in DIR: every tensor that passes between embed, pre, attention, post and
 //                         head, and every gradient; then the weights after case["steps"] steps on the same batch
+//   test_gpt losses DIR   the loss of each of case["steps"] steps, on one of case["batches"] after the other
 //   test_gpt adamw DIR    the optimizer alone, fed DIR/gradients.safetensors
 //   test_gpt logits DIR   the logits of case["checkpoint"] after each of case["tokens"], as `generate` computes them
 //
-// All read DIR/case.json and write DIR/ours.safetensors; the first two start from DIR/weights.safetensors.
+// All read DIR/case.json and write DIR/ours.safetensors; the first three start from DIR/weights.safetensors.
 // dev/reference/compare.py says what the names mean and holds the other side, PyTorch.
 #define TESTING
 #include "train_gpt.cu"
@@ -62,27 +63,37 @@ void keep_parameters(NamedTensors& tensors, const Rank& rank, const std::string&
 // ---------------------------------------------------------------------------------------------------------------------
 // The case
 
+Batch batch_of(const nlohmann::json& sequences) {
+    Batch batch;
+    for (const nlohmann::json& sequence : sequences) {
+        batch.sequences.push_back({sequence["tokens"], sequence["targets"]});
+        batch.tokens += int64_t(batch.sequences.back().tokens.size());
+        for (int32_t target : batch.sequences.back().targets) batch.targets += target >= 0;
+    }
+    return batch;
+}
+
 struct Case {
     nlohmann::json json;
-    Batch batch;
+    Config config;
     NoTransport transport;
     Rank rank;
 
     explicit Case(const std::string& directory)
-        : json(read_json_file(directory + "/case.json")), batch(batch_of(json)), rank(options_of(json), transport) {
+        : json(read_json_file(directory + "/case.json")),
+          config(config_of(json)),
+          rank(rank_options(config, model_of(config), true), transport) {
         read_parameters(rank, SafetensorsReader(directory + "/weights.safetensors"), "", rank.master);
         round_weights(rank);
     }
 
-    void optimizer_step(int64_t number, double clip) {
-        const double norm = gradient_norm(rank);
-        const double scale = clip > 0 && norm > clip ? clip / norm : 1;
-        update_parameters(rank,
-                          {json["lr"], json["beta1"], json["beta2"], json["eps"], json["weight_decay"], number, scale});
+    Step step_of(const Batch& batch) const {
+        return prepare_step(batch, rank.options.chunk_tokens, rank.options.model);
     }
+    void optimizer_step(int64_t number) { clip_and_update(rank, config, number, number, gradient_norm(rank)); }
 
 private:
-    static RankOptions options_of(const nlohmann::json& json) {
+    static Config config_of(const nlohmann::json& json) {
         Config c;
         const nlohmann::json& model = json["model"];
         c.model.layers = model["layers"], c.model.channels = model["channels"], c.model.heads = model["heads"];
@@ -91,17 +102,11 @@ private:
         c.compute.recompute = json["recompute"];
         c.compute.mlp_chunk = json["mlp_chunk"], c.compute.head_chunk = json["head_chunk"];
         c.compute.threads = json["threads"];
-        return rank_options(c, model_of(c), true);
-    }
-
-    static Batch batch_of(const nlohmann::json& json) {
-        Batch batch;
-        for (const nlohmann::json& sequence : json["sequences"]) {
-            batch.sequences.push_back({sequence["tokens"], sequence["targets"]});
-            batch.tokens += int64_t(batch.sequences.back().tokens.size());
-            for (int32_t target : batch.sequences.back().targets) batch.targets += target >= 0;
-        }
-        return batch;
+        auto& t = c.training;
+        t.steps = json["steps"], t.lr_schedule = json["lr_schedule"], t.warmup = json["warmup"], t.lr = json["lr"];
+        t.beta1 = json["beta1"], t.beta2 = json["beta2"], t.eps = json["eps"];
+        t.weight_decay = json["weight_decay"], t.clip = json["clip"];
+        return c;
     }
 };
 
@@ -110,11 +115,11 @@ private:
 
 class Borders {
 public:
-    Borders(const Case& c, NamedTensors& tensors) : rank(c.rank), tensors(tensors), tokens(c.batch.tokens) {
+    Borders(const Rank& rank, const Batch& batch, NamedTensors& tensors)
+        : rank(rank), tensors(tensors), tokens(batch.tokens) {
         std::vector<int64_t> sequence_row = {0};  // where each sequence begins among all tokens
-        for (const Sample& s : c.batch.sequences)
-            sequence_row.push_back(sequence_row.back() + int64_t(s.tokens.size()));
-        for (const Chunk& chunk : make_chunks(c.batch, rank.options.chunk_tokens)) {
+        for (const Sample& s : batch.sequences) sequence_row.push_back(sequence_row.back() + int64_t(s.tokens.size()));
+        for (const Chunk& chunk : make_chunks(batch, rank.options.chunk_tokens)) {
             std::vector<int64_t>& rows = row_of_token.emplace_back();
             for (const Segment& s : chunk.segments)
                 for (int64_t t = s.begin; t < s.end; ++t) rows.push_back(sequence_row[size_t(s.sequence)] + t);
@@ -195,8 +200,9 @@ void dump(const std::string& directory) {
     Case c(directory);
     Rank& rank = c.rank;
     NamedTensors tensors;
-    Borders borders(c, tensors);
-    const Step step = prepare_step(c.batch, rank.options.chunk_tokens, rank.options.model);
+    const Batch batch = batch_of(c.json["sequences"]);
+    Borders borders(rank, batch, tensors);
+    const Step step = c.step_of(batch);
     const Plan& plan = rank.plan_for(step.group_sizes, true);
     Observer observer{[&](size_t op) { borders.keep(plan, op); }, {}};
 
@@ -206,10 +212,20 @@ void dump(const std::string& directory) {
     keep_parameters(tensors, rank, "grad.", rank.gradients);
     for (int64_t number = 1; number <= c.json["steps"]; ++number) {
         if (number > 1) compute_gradients(rank, step);
-        c.optimizer_step(number, c.json["clip"]);
+        c.optimizer_step(number);
     }
     keep_parameters(tensors, rank, "weight.", rank.master);
     write_tensors(directory + "/ours.safetensors", tensors);
+}
+
+void losses(const std::string& directory) {
+    Case c(directory);
+    std::vector<floatS> losses;
+    for (const nlohmann::json& sequences : c.json["batches"]) {
+        losses.push_back(floatS(compute_gradients(c.rank, c.step_of(batch_of(sequences)))));
+        c.optimizer_step(int64_t(losses.size()));
+    }
+    write_tensors(directory + "/ours.safetensors", {{"losses", {{int64_t(losses.size())}, losses}}});
 }
 
 void adamw_alone(const std::string& directory) {
@@ -218,7 +234,7 @@ void adamw_alone(const std::string& directory) {
     const SafetensorsReader gradients(directory + "/gradients.safetensors");
     for (int64_t number = 1; number <= c.json["steps"]; ++number) {
         read_parameters(c.rank, gradients, std::to_string(number) + ".", c.rank.gradients);
-        c.optimizer_step(number, 0);
+        c.optimizer_step(number);
     }
     keep_parameters(tensors, c.rank, "weight.", c.rank.master);
     write_tensors(directory + "/ours.safetensors", tensors);
@@ -249,9 +265,10 @@ int main(int argc, char** argv) {
     try {
         const std::string mode = argc == 3 ? argv[1] : "";
         if (mode == "dump") dump(argv[2]);
+        else if (mode == "losses") losses(argv[2]);
         else if (mode == "adamw") adamw_alone(argv[2]);
         else if (mode == "logits") logits(argv[2]);
-        else throw Failure(EXIT_CONFIG, "usage: test_gpt dump|adamw|logits DIR");
+        else throw Failure(EXIT_CONFIG, "usage: test_gpt dump|losses|adamw|logits DIR");
         return 0;
     } catch (const Failure& failure) {
         std::fprintf(stderr, "%s\n", failure.what());

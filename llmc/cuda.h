@@ -40,7 +40,7 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shar
     kernel<<<blocks, threads, shared_bytes, stream>>>(Parameters(arguments)...);
     CUDA_CHECK(cudaGetLastError());
 #else
-    run_on_host(blocks, threads, shared_bytes, stream, [&] { kernel(Parameters(arguments)...); });
+    run_on_host(blocks, threads, shared_bytes, stream, [=] { kernel(Parameters(arguments)...); });
 #endif
 }
 

@@ -6,9 +6,13 @@ layout) and weights.safetensors; `./test_gpt dump DIR` and `reference` below tur
     d.embed, d.pre.0.qkv, ...                 gradients at the borders
     grad.NAME, weight.NAME                    of each parameter; weights after case["steps"] AdamW steps on one batch
 
+and `./test_gpt losses DIR` and `train` below into the loss of each step on one of case["batches"] after the other.
+PyTorch computes where the program does: on the GPU, if that was built for one and there is one.
+
 `python3 dev/reference/compare.py DIR` prints every tensor's error for a case that is there.
 """
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,8 +25,11 @@ from gpt import GPT, Config, adamw, clip_gradients, parameter_groups, token_loss
 from tensor_file import read_tensors, write_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
-# largest relative error, norm-wise, that fp32 may have
-BOUNDS = {"loss": 1e-6, "border": 1e-5, "border gradient": 1e-5, "gradient": 1e-5, "key bias": 1e-5, "weight": 1e-4}
+torch.set_float32_matmul_precision("highest")  # on GPUs, products in fp32 are not to be rounded to TF32
+# largest relative error, norm-wise, that fp32 may have, by the device of torch_device
+CPU_BOUNDS = {"loss": 1e-6, "border": 1e-5, "border gradient": 1e-5, "gradient": 1e-5, "key bias": 1e-5, "weight": 1e-4}
+GPU_BOUNDS = {"loss": 1e-5, "border": 1e-5, "border gradient": 3e-5, "gradient": 3e-5, "key bias": 3e-5, "weight": 1e-4}
+BOUNDS = {"cpu": CPU_BOUNDS, "cuda": GPU_BOUNDS}
 
 
 def kind_of(name):
@@ -33,56 +40,86 @@ def kind_of(name):
     return {"grad": "gradient", "weight": "weight", "d": "border gradient"}.get(name.split(".")[0], "border")
 
 
+def initial_mean(name):
+    return 1.0 if ".ln_" in name and name.endswith("weight") or name == "ln_f.weight" else 0.0
+
+
+def initial_weights(config, seed):
+    """GPT-2's initial values: normal matrices of sigma 0.02, those that add to the residual stream of less."""
+    random = np.random.default_rng(seed)
+    weights = {}
+    for name, parameter in GPT(config).named_parameters():
+        sigma = 0.02 if parameter.dim() == 2 else 0.0
+        if name.endswith("c_proj.weight"):
+            sigma /= math.sqrt(2 * config.layers)
+        weights[name] = (initial_mean(name) + sigma * random.standard_normal(tuple(parameter.shape))).astype(np.float32)
+    return weights
+
+
 def perturbed_weights(config, seed):
     """GPT-2's initial values with normal noise of sigma 0.1 on every element: zeros would hide missing terms."""
     random = np.random.default_rng(seed)
     weights = {}
     for name, parameter in GPT(config).named_parameters():
-        base = 1.0 if ".ln_" in name and name.endswith("weight") or name == "ln_f.weight" else 0.0
-        weights[name] = (base + 0.1 * random.standard_normal(tuple(parameter.shape))).astype(np.float32)
+        weights[name] = (initial_mean(name) + 0.1 * random.standard_normal(tuple(parameter.shape))).astype(np.float32)
     return weights
 
 
-def load_model(case, weights, dtype):
-    model = GPT(Config(**case["model"])).to(dtype)
+def load_model(case, weights, dtype, device):
+    model = GPT(Config(**case["model"])).to(device, dtype)
     model.load_state_dict({name: torch.tensor(array, dtype=dtype) for name, array in weights.items()})
     return model
 
 
-def batch_of(case):
-    sequences = case["sequences"]
-    flatten = lambda key: torch.tensor([t for sequence in sequences for t in sequence[key]])
-    return flatten("tokens"), flatten("targets"), [len(sequence["tokens"]) for sequence in sequences]
+def loss_of(model, sequences, autocast=False, borders=None):
+    """The mean over the targets, and the losses of all tokens."""
+    parameter = next(model.parameters())
+    flatten = lambda key: torch.tensor([t for s in sequences for t in s[key]], device=parameter.device)
+    tokens, targets = flatten("tokens"), flatten("targets")
+    with torch.autocast(parameter.device.type, dtype=torch.bfloat16, enabled=autocast):
+        logits = model(tokens, [len(sequence["tokens"]) for sequence in sequences], borders)
+    losses = token_losses(logits.to(parameter.dtype), targets)
+    return losses.sum() / (targets != -1).sum(), losses
 
 
-def gradients(case, weights, dtype=torch.float64, autocast=False):
+def gradients(case, weights, dtype=torch.float64, autocast=False, device="cpu"):
     """Loss, borders and every gradient of one step."""
-    tokens, targets, lengths = batch_of(case)
-    model, borders = load_model(case, weights, dtype), {}
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        logits = model(tokens, lengths, borders)
-    losses = token_losses(logits.to(dtype), targets)
-    loss = losses.sum() / (targets != -1).sum()
+    model, borders = load_model(case, weights, dtype, device), {}
+    loss, losses = loss_of(model, case["sequences"], autocast, borders)
     loss.backward()
     tensors = {"loss": loss, "head.losses": losses}
     tensors.update(borders)
     tensors.update({f"d.{name}": border.grad for name, border in borders.items()})
     tensors.update({f"grad.{name}": parameter.grad for name, parameter in model.named_parameters()})
-    return {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
+    return {name: tensor.detach().double().cpu().numpy() for name, tensor in tensors.items()}
 
 
-def trained_weights(case, weights, dtype=torch.float64):
-    """Weights after case["steps"] steps of torch.optim.AdamW with clipping."""
-    tokens, targets, lengths = batch_of(case)
-    model = load_model(case, weights, dtype)
+def learning_rate(case, step):
+    """`step` counts from 1. Linear warm-up, then "constant", or half a "cosine" down to a tenth at the last step."""
+    if step <= case["warmup"]:
+        return case["lr"] * step / case["warmup"]
+    if case["lr_schedule"] == "constant":
+        return case["lr"]
+    progress = (step - case["warmup"]) / (case["steps"] - case["warmup"])
+    return case["lr"] * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def train(case, weights, batches, dtype=torch.float64, autocast=False, device="cpu"):
+    """case["steps"] steps of torch.optim.AdamW with clipping, on one batch after the other and again from the first:
+    the weights after them, and the loss of each."""
+    model, losses = load_model(case, weights, dtype, device), []
     groups = parameter_groups(model, case["weight_decay"])
     optimizer = torch.optim.AdamW(groups, lr=case["lr"], betas=(case["beta1"], case["beta2"]), eps=case["eps"])
-    for _ in range(case["steps"]):
+    for step in range(1, case["steps"] + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(case, step)
         optimizer.zero_grad()
-        (token_losses(model(tokens, lengths), targets).sum() / (targets != -1).sum()).backward()
+        loss, _ = loss_of(model, batches[(step - 1) % len(batches)], autocast)
+        loss.backward()
         clip_gradients(list(model.parameters()), case["clip"])
         optimizer.step()
-    return {f"weight.{name}": p.detach().double().numpy() for name, p in model.named_parameters()}
+        losses.append(loss.item())
+    return {f"weight.{name}": p.detach().double().cpu().numpy() for name, p in model.named_parameters()}, losses
 
 
 def optimized_weights(case, weights, steps):
@@ -99,8 +136,9 @@ def optimized_weights(case, weights, steps):
     return result
 
 
-def reference(case, weights, dtype=torch.float64):
-    return {**gradients(case, weights, dtype), **trained_weights(case, weights, dtype)}
+def reference(case, weights, dtype=torch.float64, device="cpu"):
+    trained, _ = train(case, weights, [case["sequences"]], dtype, device=device)
+    return {**gradients(case, weights, dtype, device=device), **trained}
 
 
 def write_case(directory, case, weights):
@@ -113,6 +151,16 @@ def program(precision):
     """test_gpt of this precision; HELIXTRAIN_TEST_GPT_FP32 and so on name another one, built for another device."""
     built = "test_gpt" if precision == "fp32" else f"build/cpu-{precision}/test_gpt"
     return ROOT / os.environ.get(f"HELIXTRAIN_TEST_GPT_{precision.upper()}", built)
+
+
+def built_for(binary):
+    """cpu, cuda or cuda-on-host: programs lie in build/DEVICE-PRECISION."""
+    return binary.resolve().parent.name.rpartition("-")[0]
+
+
+def torch_device(binary):
+    """Where PyTorch computes what this program is compared with."""
+    return "cuda" if built_for(binary) == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def run_ours(directory, mode="dump", binary=None):
@@ -167,11 +215,12 @@ def worst(errors):
 def main():
     directory = Path(sys.argv[1])
     case, weights = json.loads((directory / "case.json").read_text()), read_tensors(directory / "weights.safetensors")
-    exact = reference(case, weights)
-    errors, torch_errors = compare(run_ours(directory), exact), compare(reference(case, weights, torch.float32), exact)
+    device = torch_device(program("fp32"))
+    exact, torch32 = (reference(case, weights, dtype, device) for dtype in (torch.float64, torch.float32))
+    errors, torch_errors = compare(run_ours(directory), exact), compare(torch32, exact)
     print(f"{'relative error against fp64':40} {'ours':>8} {'torch':>8} {'bound':>8}")
     for name, error in errors.items():
-        print(f"{name:40} {error:8.1e} {torch_errors[name]:8.1e} {BOUNDS[kind_of(name)]:8.0e}")
+        print(f"{name:40} {error:8.1e} {torch_errors[name]:8.1e} {BOUNDS[device][kind_of(name)]:8.0e}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Config:
 def causal_attention(q, k, v):  # [S, NH, T, HS] each -> [S, NH, T, HS]
     if HAS_FUSED_ATTENTION:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
+    future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     return scores.masked_fill(future, float("-inf")).softmax(-1) @ v
 
@@ -102,7 +102,7 @@ class GPT(nn.Module):
                 x.retain_grad()
             return x
 
-        positions = [torch.arange(length) for length in lengths]
+        positions = [torch.arange(length, device=tokens.device) for length in lengths]
         x = keep("embed", self.wte(tokens) + self.wpe(torch.cat(positions)))
         for l, block in enumerate(self.h):
             qkv = keep(f"pre.{l}.qkv", block.pre_attention(x))

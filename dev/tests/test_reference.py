@@ -3,7 +3,7 @@ gradient, weights after ten AdamW steps, for models and batches of awkward sizes
 and whole.
 
 Both sides are measured against gpt.py in float64, so that one sees whose error it is; ours is also compared with
-PyTorch's fp32 directly.
+PyTorch's fp32 directly. A program for GPUs is compared with PyTorch on the same GPU.
 """
 import sys
 from itertools import product
@@ -32,7 +32,8 @@ def case(layers, channels, heads, vocab, tied, lengths, chunk_tokens, ignored=0.
         targets[random.random(length) < ignored] = -1
         sequences.append({"tokens": random.integers(vocab, size=length).tolist(), "targets": targets.tolist()})
     model = dict(layers=layers, channels=channels, heads=heads, context=max(lengths) + 3, vocab=vocab, tied=tied)
-    optimizer = dict(steps=10, lr=1e-3, eps=1e-8, beta1=0.9, beta2=0.95, weight_decay=weight_decay, clip=clip)
+    rates = dict(steps=10, lr=1e-3, lr_schedule="constant", warmup=0)
+    optimizer = dict(eps=1e-8, beta1=0.9, beta2=0.95, weight_decay=weight_decay, clip=clip, **rates)
     return dict(model=model, sequences=sequences, threads=2, **optimizer), chunk_tokens
 
 
@@ -61,10 +62,12 @@ def show(capsys, text):
 def test_against_pytorch(name, tmp_path, capsys):
     base, chunk_sizes = CASES[name]
     head_size = base["model"]["channels"] // base["model"]["heads"]
-    if "cuda" in str(harness.program("fp32")) and head_size % 8:
+    binary = harness.program("fp32")
+    if harness.built_for(binary) != "cpu" and head_size % 8:
         pytest.skip("heads on a GPU have a multiple of 8 channels")
+    device = harness.torch_device(binary)
     weights = harness.perturbed_weights(Config(**base["model"]), seed=1)
-    exact, torch32 = harness.reference(base, weights), harness.reference(base, weights, torch.float32)
+    exact, torch32 = (harness.reference(base, weights, dtype, device) for dtype in (torch.float64, torch.float32))
     against_exact, against_torch = {}, {}
     for recompute, chunks, chunk_tokens in product(RECOMPUTE, CHUNKS, chunk_sizes):
         layout = dict(base, recompute=recompute, chunk_tokens=chunk_tokens, **chunks)
@@ -75,15 +78,16 @@ def test_against_pytorch(name, tmp_path, capsys):
                 errors[tensor] = max(errors.get(tensor, 0.0), error)
 
     ours, theirs, between = map(harness.worst, (against_exact, harness.compare(torch32, exact), against_torch))
-    show(capsys, f"\n{name}: largest relative error of {len(exact)} tensors in {6 * len(chunk_sizes)} layouts")
-    for kind, bound in harness.BOUNDS.items():
+    layouts = f"{6 * len(chunk_sizes)} layouts, PyTorch on {device}"
+    show(capsys, f"\n{name}: largest relative error of {len(exact)} tensors in {layouts}")
+    for kind, bound in harness.BOUNDS[device].items():
         tensor, error = ours[kind]
         show(
             capsys,
             f"  {kind:15} bound {bound:.0e}: ours to fp64 {error:.1e}, PyTorch to fp64 {theirs[kind][1]:.1e}, "
             f"ours to PyTorch {between[kind][1]:.1e}  ({tensor})",
         )
-    for kind, bound in harness.BOUNDS.items():
+    for kind, bound in harness.BOUNDS[device].items():
         assert ours[kind][1] <= bound, f"{kind} of {ours[kind][0]} against float64"
         assert between[kind][1] <= bound, f"{kind} of {between[kind][0]} against PyTorch's fp32"
 
@@ -120,7 +124,7 @@ def test_cuda_program_on_the_host(name, tmp_path, capsys):
         for tensor, error in harness.compare(ours, exact).items():
             errors[tensor] = max(errors.get(tensor, 0.0), error)
     worst = harness.worst(errors)
-    for kind, bound in harness.BOUNDS.items():
+    for kind, bound in harness.BOUNDS["cpu"].items():
         show(capsys, f"\nCUDA on the host, {name}: {kind} {worst[kind][1]:.1e} (bound {bound:.0e}, {worst[kind][0]})")
         assert worst[kind][1] <= bound
 
@@ -154,17 +158,62 @@ def test_bf16_against_autocast(name, tmp_path, capsys):
     it is the norm of the error of all gradients together, root mean square over four draws of the weights."""
     base, chunk_sizes = CASES[name]
     layout = dict(base, steps=0, recompute="none", chunk_tokens=chunk_sizes[-1], mlp_chunk=0, head_chunk=0)
-    ours, autocast = [], []
+    device = harness.torch_device(harness.program("bf16"))
+    ours, autocast, losses = [], [], []
     for seed in range(4):
         weights = harness.perturbed_weights(Config(**base["model"]), seed)
-        exact = harness.gradients(base, weights)
+        exact = harness.gradients(base, weights, device=device)
         whole = lambda tensors: np.concatenate([tensors[n].ravel() for n in exact if n.startswith("grad.")])
         harness.write_case(tmp_path, layout, weights)
         dumped = harness.run_ours(tmp_path, binary=harness.program("bf16"))
         ours.append(harness.relative_error(whole(dumped), whole(exact)))
-        with_autocast = harness.gradients(base, weights, torch.float32, autocast=True)
+        with_autocast = harness.gradients(base, weights, torch.float32, autocast=True, device=device)
         autocast.append(harness.relative_error(whole(with_autocast), whole(exact)))
+        losses.append([harness.relative_error(dumped["loss"], wanted["loss"]) for wanted in (exact, with_autocast)])
     error, allowed = np.linalg.norm(ours) / 2, np.linalg.norm(autocast) / 2
-    ratio = error / allowed
-    show(capsys, f"\nbf16, {name}: gradient error {error:.2e}, autocast {allowed:.2e}, ratio {ratio:.2f} (bound 1.3)")
+    ratio, (to_exact, to_autocast) = error / allowed, np.max(losses, axis=0)
+    show(capsys, f"\nbf16, {name}, PyTorch on {device}: gradient error {error:.2e}, autocast {allowed:.2e}, "
+                 f"ratio {ratio:.2f} (bound 1.3); loss to fp64 {to_exact:.1e}, to autocast {to_autocast:.1e} (bound 1e-3)")
     assert ratio <= 1.3
+    assert to_exact <= 1e-3 and to_autocast <= 1e-3
+
+
+# By the device that the program is built for: layers, channels, heads and context of the model, windows a step, steps,
+# draws of weights and data. `tiny` of presets.h on a GPU; less where that would take minutes.
+CURVES = {
+    "cuda": (4, 192, 4, 256, 8, 200, 3),
+    "cpu": (2, 64, 4, 64, 4, 200, 3),
+    "cuda-on-host": (1, 32, 4, 16, 2, 50, 1),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="LayerNorm reads its weights in bf16, autocast in fp32: the ratio is 3 to 9. Near "
+                   "their initial 1, most updates are less than half of bf16's step, and all of them are rounded away")
+def test_loss_curve(tmp_path, capsys):
+    """Our bf16 build, PyTorch's autocast and PyTorch's fp32 train from the same weights on the same windows of this
+    program's text, in bytes. Roundings move the losses: ours may be 1.5 times as far from autocast's as those are from
+    fp32's, step by step in the mean over all draws. (Were both rounded independently and alike, it would be 1.4.)"""
+    binary = harness.program("bf16")
+    device = harness.torch_device(binary)
+    layers, channels, heads, context, windows, steps, draws = CURVES[harness.built_for(binary)]
+    base, _ = case(layers, channels, heads, 257, True, [context], [], weight_decay=0.1, clip=1.0)
+    base["model"]["context"] = context
+    base.update(steps=steps, lr=6e-4, lr_schedule="cosine", warmup=steps // 10)
+    base.update(recompute="none", chunk_tokens=windows * context // 2, mlp_chunk=0, head_chunk=0)
+    text = b"".join(path.read_bytes() for path in sorted(ROOT.glob("llmc/**/*.h")))
+    ours, autocast, fp32 = [], [], []  # [draw][step]
+    for draw in range(draws):
+        starts = np.random.default_rng(draw).integers(len(text) - context, size=(steps, windows))
+        window = lambda t: {"tokens": list(text[t : t + context]), "targets": list(text[t + 1 : t + 1 + context])}
+        batches = [[window(t) for t in step] for step in starts]
+        weights = harness.initial_weights(Config(**base["model"]), draw)
+        harness.write_case(tmp_path, dict(base, batches=batches), weights)
+        ours.append(harness.run_ours(tmp_path, "losses", binary)["losses"])
+        for losses, rounded in (autocast, True), (fp32, False):
+            losses.append(harness.train(base, weights, batches, torch.float32, rounded, device)[1])
+    ours, autocast, fp32 = map(np.array, (ours, autocast, fp32))
+    gap, allowed = np.abs(ours - autocast).mean(), np.abs(autocast - fp32).mean()
+    show(capsys, f"\nloss curve, {steps} steps, {draws} draws, PyTorch on {device}: {fp32[:, 0].mean():.3f} to "
+                 f"{fp32[:, -1].mean():.3f}; ours to autocast {gap:.1e}, autocast to fp32 {allowed:.1e}, "
+                 f"ratio {gap / allowed:.2f} (bound 1.5)")
+    assert gap <= 1.5 * allowed

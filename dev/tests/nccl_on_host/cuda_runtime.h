@@ -158,3 +158,12 @@ inline cudaError_t cudaEventQuery(cudaEvent_t event) {
     const std::lock_guard lock(event->last->mutex);
     return event->last->reached ? cudaSuccess : cudaErrorNotReady;
 }
+
+// A kernel: runs when its stream comes to it.
+template <class Body>
+void run_on_host(dim3 blocks, int threads, size_t shared_bytes, cudaStream_t stream, const Body& body) {
+    stream->tell([=] {
+        on_device_memory_of_stream(
+            [&] { cuda_on_host::Runner::of_this_thread().run(blocks, threads, shared_bytes, body); });
+    });
+}

@@ -245,6 +245,11 @@ inline ncclResult_t ncclGroupEnd() {
     nccl_on_host::Communicator& self = *group.comm->self;
     ++self.call;
     if (self.has(nccl_on_host::Fault::refused)) return ncclInvalidUsage;
+    const auto with_itself = [&](bool send) {
+        return std::count_if(group.operations.begin(), group.operations.end(),
+                             [&](const auto& o) { return o.peer == self.rank && o.send == send; });
+    };
+    if (with_itself(true) != with_itself(false)) return ncclInvalidUsage;  // such messages stay within a group
     self.polls = 0;
     self.in_progress = true;
     self.group = group.operations;
