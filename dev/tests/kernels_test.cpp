@@ -21,7 +21,7 @@ TEST(AdamW, TenStepsAgainstDouble) {
             options.gradient_scale = 0.3;
             for (int64_t& t = options.step; t <= 10; t++) {
                 const auto gradients = random_vector<floatS>(n, uint64_t(1 + t));
-                adamw_update(device, weights, master.data(), gradients.data(), m.data(), v.data(), n, options, decay);
+                adamw_update(device, {weights, master.data(), gradients.data(), m.data(), v.data(), n, decay}, options);
                 for (int64_t i = 0; i < n; i++) {
                     const double g = double(gradients[i]) * 0.3;
                     want_m[i] = 0.9 * want_m[i] + 0.1 * g;

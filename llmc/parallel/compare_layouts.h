@@ -30,12 +30,14 @@ public:
         worst_loss_ = std::isfinite(error) ? std::max(worst_loss_, error) : INFINITY;
     }
 
-    // gradients or master weights: where a rank has them.
-    void compare_tensors(floatS* Rank::*flat, double Errors::*worst) {
+    // Gradients, or weights in floatS: flat_of(rank) gives where a rank has them.
+    void compare_tensors(floatS* (*flat_of)(Rank&), double Errors::*worst) {
         std::vector<double> squares(3 * whole_.size());  // of difference, what is wanted, keys' bias; per parameter
+        floatS* const flat = flat_of(rank_);
+        floatS* const flat_alone = alone_ ? flat_of(*alone_) : nullptr;
         for (const Parameter& p : whole_) {
             const int owner = rank_.options.owner(p.part, p.layer);
-            floatS* const from = alone_ ? alone_->*flat + p.offset : nullptr;
+            floatS* const from = alone_ ? flat_alone + p.offset : nullptr;
             if (alone_ && owner != 0) exchange({true, owner, from, p.size() * int64_t(sizeof(floatS))});
             if (rank_.index != owner) continue;
             DeviceMemory<floatS> received(alone_ ? 0 : p.size());
@@ -43,7 +45,7 @@ public:
             HostView<floatS> wanted(rank_.device, alone_ ? from : received.data(), p.size(), true);
             const auto own = std::find_if(rank_.parameters.begin(), rank_.parameters.end(),
                                           [&](const Parameter& held) { return held.index == p.index; });
-            HostView<floatS> values(rank_.device, rank_.*flat + own->offset, p.size(), true);
+            HostView<floatS> values(rank_.device, flat + own->offset, p.size(), true);
             const bool qkv_bias = p.name.ends_with("c_attn.bias");
             for (int64_t i = 0; i < p.size(); ++i) {
                 const double want = wanted.data()[i], is = values.data()[i], difference = is - want;

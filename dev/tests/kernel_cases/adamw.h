@@ -16,7 +16,7 @@ inline void adamw_case(Cases& cases, int64_t n, bool decay, float sigma) {
     options.gradient_scale = 0.3;
     for (options.step = 1; options.step <= 3; options.step++) {
         const DeviceArray<floatS> gradients(device, normal_values(1 + uint64_t(options.step), n, sigma));
-        adamw_update(device, weights, master, gradients, m, v, n, options, decay);
+        adamw_update(device, {weights, master, gradients, m, v, n, decay}, options);
     }
     const Bounds fp32{1e-5, 1e-5};  // none of these is rounded to bf16
     cases.record("adamw master", shape, master.values(), fp32);
