@@ -12,10 +12,10 @@
 // left out otherwise, since AdamW blows its rounding up.
 class LayoutComparison {
 public:
-    // Differences that sums in another order can make. They make some weights without master weights round to another
-    // bf16: since both sides take the same random numbers, as often as the values before are a part of the distance
-    // between two bf16 apart. In the mean the differences stay what they were, and if one weight in a thousand becomes
-    // its neighbour, the norm of the tensor's is 2e-4: the bound is the same.
+    // Differences that sums in another order can make. Without master weights they make some weights round to another
+    // bf16. Both sides round by the same random numbers, so that this is as rare as the values before are close,
+    // compared with the distance between two bf16: one weight in a thousand that becomes its neighbour is 2e-4 of the
+    // norm. The bounds are the same, therefore.
     static constexpr bool fp64 = std::is_same_v<floatX, double>, bf16_products = std::is_same_v<floatX, bf16>;
     static constexpr double loss_bound = fp64 ? 1e-13 : bf16_products ? 1e-3 : 1e-6;
     static constexpr double tensor_bound = fp64 ? 1e-12 : bf16_products ? 2e-2 : 1e-5;
