@@ -510,9 +510,13 @@ double gradient_norm(const Rank& rank) {
 // One AdamW update of all parameters. `update` counts from 1.
 void update_parameters(Rank& rank, AdamW adamw) {
     rank.transport.progress.busy_with("the optimizer");
-    for (const Parameter& p : rank.parameters)
-        adamw_update(rank.device, rank.weights + p.offset, rank.master + p.offset, rank.gradients + p.offset,
-                     rank.m + p.offset, rank.v + p.offset, p.size(), adamw, p.decay);
+    for (const Parameter& p : rank.parameters) {
+        const auto at = [&](auto* flat) { return flat ? flat + p.offset : nullptr; };
+        adamw_update(
+            rank.device,
+            {at(rank.weights), at(rank.master), at(rank.gradients), at(rank.m), at(rank.v), p.size(), p.decay, p.index},
+            adamw);
+    }
 }
 
 // The optimizer step of a training step, given the norm of its gradients. `update` is less than `step` where steps have
@@ -520,21 +524,30 @@ void update_parameters(Rank& rank, AdamW adamw) {
 void clip_and_update(Rank& rank, const Config& c, int64_t step, int64_t update, double norm) {
     const auto& t = c.training;
     const double scale = t.clip > 0 && norm > t.clip ? t.clip / norm : 1;
-    update_parameters(rank, {learning_rate(c, step), t.beta1, t.beta2, t.eps, t.weight_decay, update, scale});
+    update_parameters(
+        rank, {learning_rate(c, step), t.beta1, t.beta2, t.eps, t.weight_decay, update, scale, uint64_t(t.seed)});
 }
 
-// Weights as matrix products read them, from the master weights: after initialisation and loading.
+// Weights as matrix products read them, from those in floatS: after initialisation and loading.
 void round_weights(Rank& rank) {
     const int64_t n = flat_size(rank.parameters);
     if constexpr (!std::is_same_v<floatX, floatS>)
-        copy_rows(rank.device, Matrix<floatX>(rank.weights, 1, n), Matrix<const floatS>(rank.master, 1, n));
+        copy_rows(rank.device, Matrix<floatX>(rank.weights, 1, n), Matrix<const floatS>(rank.full_weights(), 1, n));
+}
+
+// The other way, between steps: the weights in floatS.
+floatS* widen_weights(Rank& rank) {
+    const int64_t n = flat_size(rank.parameters);
+    if (!rank.master)
+        copy_rows(rank.device, Matrix<floatS>(rank.full_weights(), 1, n), Matrix<const floatX>(rank.weights, 1, n));
+    return rank.full_weights();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Non-finite steps (README, "Exit codes")
 
 bool weights_are_finite(const Rank& rank) {
-    double wrong = first_nonfinite(rank.device, rank.master, flat_size(rank.parameters)) >= 0;
+    double wrong = first_nonfinite(rank.device, rank.weights, flat_size(rank.parameters)) >= 0;
     rank.transport.sum({&wrong, 1});
     return wrong == 0;
 }
@@ -543,15 +556,15 @@ bool weights_are_finite(const Rank& rank) {
 // from the head towards the embedding.
 std::string name_nonfinite(const Rank& rank) {
     std::string found;  // "1 00017 weight h.1..." sorts after all that is less telling
-    for (const floatS* flat : {rank.gradients, rank.master})
-        for (const Parameter& p : rank.parameters) {
-            const int64_t element = first_nonfinite(rank.device, flat + p.offset, p.size());
-            const bool weight = flat == rank.master;
-            if (element >= 0)
-                found = std::max(
-                    found, format("%d %05d ", int(weight), p.index) + (weight ? "weight " : "gradient of ") + p.name +
-                               "[" + std::to_string(element / p.cols) + ", " + std::to_string(element % p.cols) + "]");
-        }
+    const auto look = [&](const auto* flat, int rating, const char* kind) {
+        for (const Parameter& p : rank.parameters)
+            if (const int64_t element = first_nonfinite(rank.device, flat + p.offset, p.size()); element >= 0)
+                found = std::max(found, format("%d %05d ", rating, p.index) + kind + p.name + "[" +
+                                            std::to_string(element / p.cols) + ", " + std::to_string(element % p.cols) +
+                                            "]");
+    };
+    look(rank.gradients, 0, "gradient of ");
+    look(rank.weights, 1, "weight ");
     const std::vector<std::string> all = rank.transport.all_gather(found);
     const std::string& name = *std::max_element(all.begin(), all.end());
     return name.empty() ? "loss" : name.substr(8);
@@ -637,15 +650,15 @@ struct Training {
 
 // What of a rank goes into a checkpoint, on the host.
 struct CheckpointState {
-    HostView<floatS> master, m, v;
+    HostView<floatS> weights, m, v;
     CheckpointView view;
 
     CheckpointState(Rank& rank, bool read)
-        : master(rank.device, rank.master, flat_size(rank.parameters), read),
+        : weights(rank.device, widen_weights(rank), flat_size(rank.parameters), read),
           m(rank.device, rank.m, flat_size(rank.parameters), read),
           v(rank.device, rank.v, flat_size(rank.parameters), read),
-          view{rank.options.model, rank.parameters, master.data(), m.data(), v.data()} {}
-    void store() { master.store(), m.store(), v.store(); }
+          view{rank.options.model, rank.parameters, weights.data(), m.data(), v.data()} {}
+    void store() { weights.store(), m.store(), v.store(); }
 };
 
 void save(Training& run) {
@@ -692,7 +705,7 @@ std::string start_weights(Training& run) {
         if (found) run.state = restore_checkpoint(*found, start.view);
         else if (!c.run.init_from.empty()) init_from_huggingface(from = c.run.init_from, start.view);
         else
-            initialize_parameters(start.master.data(), run.rank.parameters, run.rank.options.model,
+            initialize_parameters(start.weights.data(), run.rank.parameters, run.rank.options.model,
                                   uint64_t(c.training.seed));
         start.store();
     });
@@ -853,7 +866,8 @@ void print_start(const Training& run, const std::string& weights_from) {
                       " channels, " + std::to_string(g.heads) + " heads, context " + std::to_string(g.context) +
                       ", vocabulary " + std::to_string(g.vocab) + (g.tied ? ", tied head, " : ", untied head, ") +
                       std::to_string(parameter_count(g)) + " parameters"},
-        {"weights", "from " + weights_from},
+        {"weights",
+         "from " + weights_from + (run.rank.master ? "" : ", no master weights: the optimizer rounds stochastically")},
         {"data", c.data.train + ": " + tokens_text(run.job.loader) + ", " + c.data.packing},
         {"validation",
          run.job.val_loader ? c.data.val + ": " + tokens_text(*run.job.val_loader) : "off: no --val-data"},
@@ -921,10 +935,11 @@ int verify_layout(Training& run) {
             norm[rank != &run.rank] = gradient_norm(*rank);
         }
         if (alone) comparison.compare_losses(loss[0], loss[1]);
-        comparison.compare_tensors(&Rank::gradients, &LayoutComparison::Errors::gradient);
+        const auto gradients = [](Rank& rank) { return rank.gradients; };
+        comparison.compare_tensors(gradients, &LayoutComparison::Errors::gradient);
         if (alone) clip_and_update(alone->rank, c, number, number, norm[1]);
         clip_and_update(run.rank, c, number, number, norm[0]);
-        comparison.compare_tensors(&Rank::master, &LayoutComparison::Errors::weight);
+        comparison.compare_tensors(widen_weights, &LayoutComparison::Errors::weight);
     }
     double good = comparison.report(layout_text(run.rank.options));
     run.rank.transport.sum({&good, 1});

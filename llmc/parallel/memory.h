@@ -42,7 +42,8 @@ inline std::string fitting_layout(const Config& c, const std::vector<MemoryPlan>
     for (const MemoryPlan& p : plans) fixed_parts.push_back({p.weights, p.master, p.gradients, p.moments});
     const int64_t fixed = device_bytes(fixed_parts, c.launch);
     if (fixed >= available)
-        return "weights, gradients and moments alone take " + bytes_text(fixed) + ": choose a smaller model";
+        return "weights, gradients and moments alone take " + bytes_text(fixed) + ": choose a smaller model" +
+               (plans[0].master ? " or --no-master" : "");
     const int64_t least_chunk = std::min<int64_t>(128, c.data.chunk_tokens);
     for (int64_t chunk = c.data.chunk_tokens; chunk >= least_chunk; chunk /= 2)
         for (const Recompute mode : recompute_modes) {

@@ -51,6 +51,7 @@ struct RankOptions {
     int local_rank = 0;         // among those of its host, which share its GPUs
     int64_t memory_limit = 0;   // bytes of the rank, for recompute `automatic`
     bool output_again = false;  // helix: attention outputs come again, not D, as they do where cuDNN attends
+    bool no_master = false;     // no weights in floatS beside those in floatX: the optimizer rounds stochastically
 #ifdef USE_CUDA
     bool cudnn = true;           // where the program has it
     bool deterministic = false;  // the same bits every time; cuDNN's backward pass wants memory for that,
@@ -223,7 +224,8 @@ inline MemoryPlan memory_besides_activations(const RankOptions& o) {
     MemoryPlan plan;
     plan.weights = round_up(parameters * int64_t(sizeof(floatX)), 4096);
     if (o.training) {
-        if (!std::is_same_v<floatX, floatS>) plan.master = round_up(parameters * int64_t(sizeof(floatS)), 4096);
+        if (!std::is_same_v<floatX, floatS> && !o.no_master)
+            plan.master = round_up(parameters * int64_t(sizeof(floatS)), 4096);
         plan.gradients = round_up(parameters * int64_t(sizeof(floatS)), 4096);
         plan.moments = 2 * plan.gradients;
     }
@@ -311,7 +313,7 @@ struct Rank : OpLoop {
     Device device;  // with this rank's scratch
 
     floatX* weights = nullptr;    // flat buffers, in the order of `parameters`
-    floatS* master = nullptr;     // equals weights when floatX is floatS; null without training
+    floatS* master = nullptr;     // equals weights when floatX is floatS; null without training and with no_master
     floatS* gradients = nullptr;  // null without training, like the moments
     floatS *m = nullptr, *v = nullptr;
     ModelTensors<floatX> w;
@@ -341,7 +343,8 @@ struct Rank : OpLoop {
         weights = reinterpret_cast<floatX*>(take(memory.weights));
         w = bind_tensors(weights, parameters, o.model);
         if (o.training) {
-            master = reinterpret_cast<floatS*>(memory.master ? take(memory.master) : base);
+            if (std::is_same_v<floatX, floatS>) master = reinterpret_cast<floatS*>(base);
+            else if (memory.master) master = reinterpret_cast<floatS*>(take(memory.master));
             gradients = reinterpret_cast<floatS*>(take(memory.gradients));
             m = reinterpret_cast<floatS*>(take(memory.moments / 2));
             v = reinterpret_cast<floatS*>(take(memory.moments / 2));
@@ -372,6 +375,11 @@ struct Rank : OpLoop {
     }
     Rank(const Rank&) = delete;
     Rank& operator=(const Rank&) = delete;
+
+    // Where the weights stand in floatS for checkpoints and comparisons. With no_master it is the place of the
+    // gradients, and they only pass through it, between steps, when nobody needs those (widen_weights and round_weights
+    // of train_gpt.cu).
+    floatS* full_weights() const { return master ? master : gradients; }
 
     // Plans are made once for each pattern of chunks. Between steps the activations hold nothing: a pattern that leaves
     // larger gaps in the arena than those planned for gets a larger one.
