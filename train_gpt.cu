@@ -512,10 +512,10 @@ void update_parameters(Rank& rank, AdamW adamw) {
     rank.transport.progress.busy_with("the optimizer");
     for (const Parameter& p : rank.parameters) {
         const auto at = [&](auto* flat) { return flat ? flat + p.offset : nullptr; };
-        adamw_update(
-            rank.device,
-            {at(rank.weights), at(rank.master), at(rank.gradients), at(rank.m), at(rank.v), p.size(), p.decay, p.index},
-            adamw);
+        adamw_update(rank.device,
+                     {at(rank.weights), at(rank.master), at(rank.gradients), at(rank.m), at(rank.v), p.size(), p.decay,
+                      p.index, p.center()},
+                     adamw);
     }
 }
 
@@ -528,18 +528,33 @@ void clip_and_update(Rank& rank, const Config& c, int64_t step, int64_t update, 
         rank, {learning_rate(c, step), t.beta1, t.beta2, t.eps, t.weight_decay, update, scale, uint64_t(t.seed)});
 }
 
-// Weights as matrix products read them, from those in floatS: after initialisation and loading.
+// to = from + sign x center, for the parameters that are stored less a center; they are few, and this is rare.
+template <class T, class U>
+void shift_centered(Rank& rank, T* to, U* from, floatS sign) {
+    for (const Parameter& p : rank.parameters) {
+        if (p.center() == 0) continue;
+        HostView<U> source(rank.device, from + p.offset, p.size(), true);
+        HostView<T> target(rank.device, to + p.offset, p.size(), false);
+        for (int64_t i = 0; i < p.size(); ++i) target.data()[i] = T(floatS(source.data()[i]) + sign * p.center());
+        target.store();
+    }
+}
+
+// Weights as kernels read them, from those in floatS: after initialisation and loading.
 void round_weights(Rank& rank) {
     const int64_t n = flat_size(rank.parameters);
-    if constexpr (!std::is_same_v<floatX, floatS>)
-        copy_rows(rank.device, Matrix<floatX>(rank.weights, 1, n), Matrix<const floatS>(rank.full_weights(), 1, n));
+    if constexpr (std::is_same_v<floatX, floatS>) return;
+    copy_rows(rank.device, Matrix<floatX>(rank.weights, 1, n), Matrix<const floatS>(rank.full_weights(), 1, n));
+    shift_centered(rank, rank.weights, rank.full_weights(), -1);
 }
 
 // The other way, between steps: the weights in floatS.
 floatS* widen_weights(Rank& rank) {
     const int64_t n = flat_size(rank.parameters);
-    if (!rank.master)
+    if (!rank.master) {
         copy_rows(rank.device, Matrix<floatS>(rank.full_weights(), 1, n), Matrix<const floatX>(rank.weights, 1, n));
+        shift_centered(rank, rank.full_weights(), rank.weights, 1);
+    }
     return rank.full_weights();
 }
 

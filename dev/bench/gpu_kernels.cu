@@ -379,7 +379,8 @@ private:
         floatS* const second = v.data();
         CUDA_CHECK(cudaMemsetAsync(second, 0, size_t(n) * sizeof(floatS), device_.stream));  // never negative
         memory_bound("adamw", double(n) * (7 * sizeof(floatS) + sizeof(floatX)), [&] {
-            adamw_update(device_, weights.data(), master.data(), gradients.data(), m.data(), second, n, AdamW{}, true);
+            adamw_update(device_, {weights.data(), master.data(), gradients.data(), m.data(), second, n, true},
+                         AdamW{});
         });
         memory_bound("norm of gradients", double(n) * sizeof(floatS),
                      [&] { sum_of_squares(device_, gradients.data(), n); });

@@ -60,7 +60,8 @@ struct AdamWTensor {
     floatS *m, *v;
     int64_t n;
     bool decay;
-    int index = 0;  // in the model
+    int index = 0;      // in the model
+    floatS center = 0;  // of `weights`, in which it is left out
 };
 
 // Number i / 4 has the bits of elements i to i + 3, 16 each, those of the first lowest.
@@ -85,12 +86,13 @@ inline void adamw_update(const Device& device, const AdamWTensor& tensor, const 
     floatX* const weights = tensor.weights;
     floatS *const master = tensor.master, *const m = tensor.m, *const v = tensor.v;
     const floatS* const gradients = tensor.gradients;
+    const floatS center = tensor.center;
     const int64_t n = tensor.n;
     if (master) {
 #pragma omp parallel for simd num_threads(device.threads) schedule(simd : static)
         for (int64_t i = 0; i < n; i++) {
             step.update(master[i], m[i], v[i], gradients[i]);
-            if constexpr (!adamw_weights_are_master) assign(weights[i], master[i]);
+            if constexpr (!adamw_weights_are_master) assign(weights[i], master[i] - center);
         }
         return;
     }
@@ -106,9 +108,9 @@ inline void adamw_update(const Device& device, const AdamWTensor& tensor, const 
         const int64_t end = std::min(begin + block, n);
 #pragma omp simd
         for (int64_t i = begin; i < end; i++) {
-            floatS weight = weights[i];
+            floatS weight = floatS(weights[i]) + center;
             step.update(weight, m[i], v[i], gradients[i]);
-            assign_stochastically(weights[i], weight, bits[i - begin]);
+            assign_stochastically(weights[i], weight - center, bits[i - begin]);
         }
     }
 }
@@ -121,6 +123,7 @@ __device__ inline float4 load4(const bf16* from) {
     return make_float4(__uint_as_float(pairs.x << 16), __uint_as_float(pairs.x & 0xffff0000u),
                        __uint_as_float(pairs.y << 16), __uint_as_float(pairs.y & 0xffff0000u));
 }
+__device__ inline float4 plus(float4 a, float b) { return make_float4(a.x + b, a.y + b, a.z + b, a.w + b); }
 __device__ inline void store4(float* to, float4 x) { *reinterpret_cast<float4*>(to) = x; }
 
 // Two values rounded stochastically, the first in the lower half and by the lower half of the random bits.
@@ -139,7 +142,8 @@ __global__ void adamw_kernel(AdamWTensor t, AdamWStep step, CounterStream random
     const uint64_t bits = MASTER ? 0 : random[uint64_t(thread)];
     if (i + 4 <= t.n) {
         const float4 g = load4(t.gradients + i);
-        float4 w = MASTER ? load4(t.master + i) : load4(t.weights + i), m = load4(t.m + i), v = load4(t.v + i);
+        float4 w = MASTER ? load4(t.master + i) : plus(load4(t.weights + i), t.center), m = load4(t.m + i),
+               v = load4(t.v + i);
         step.update(w.x, m.x, v.x, g.x);
         step.update(w.y, m.y, v.y, g.y);
         step.update(w.z, m.z, v.z, g.z);
@@ -147,6 +151,7 @@ __global__ void adamw_kernel(AdamWTensor t, AdamWStep step, CounterStream random
         store4(t.m + i, m);
         store4(t.v + i, v);
         if constexpr (MASTER) store4(t.master + i, w);
+        w = plus(w, -t.center);
         if constexpr (!adamw_weights_are_master)
             *reinterpret_cast<uint2*>(t.weights + i) =
                 MASTER ? make_uint2(bf16_pair(w.x, w.y), bf16_pair(w.z, w.w))
@@ -154,11 +159,12 @@ __global__ void adamw_kernel(AdamWTensor t, AdamWStep step, CounterStream random
                                     stochastic_pair(w.z, w.w, uint32_t(bits >> 32)));
     } else {
         for (int64_t j = i; j < t.n; j++) {
-            float w = MASTER ? t.master[j] : float(t.weights[j]);
+            float w = MASTER ? t.master[j] : float(t.weights[j]) + t.center;
             step.update(w, t.m[j], t.v[j], t.gradients[j]);
             if constexpr (MASTER) t.master[j] = w;
-            if constexpr (!MASTER) assign_stochastically(t.weights[j], w, uint32_t(bits >> (16 * (j - i))) & 0xffffu);
-            else if constexpr (!adamw_weights_are_master) t.weights[j] = floatX(w);
+            if constexpr (!MASTER)
+                assign_stochastically(t.weights[j], w - t.center, uint32_t(bits >> (16 * (j - i))) & 0xffffu);
+            else if constexpr (!adamw_weights_are_master) t.weights[j] = floatX(w - t.center);
         }
     }
 }
