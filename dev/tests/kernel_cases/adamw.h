@@ -15,20 +15,21 @@ inline void adamw_case(Cases& cases, int64_t n, bool decay, float sigma) {
         v(device, std::vector<float>(n));
     const DeviceArray<floatX> copy(device, n);
     floatX* weights = adamw_weights_are_master ? reinterpret_cast<floatX*>(master.data()) : copy.data();
+    const floatS center = decay ? 0 : NORM_CENTER;  // what decays is no weight of LayerNorm
     AdamW options{.lr = 0.02, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.1};
     options.gradient_scale = 0.3;
     for (options.step = 1; options.step <= 3; options.step++) {
         const DeviceArray<floatS> gradients(device, normal_values(1 + uint64_t(options.step), n, sigma));
-        adamw_update(device, {weights, master, gradients, m, v, n, decay}, options);
+        adamw_update(device, {weights, master, gradients, m, v, n, decay, 0, center}, options);
     }
     const Bounds fp32{1e-5, 1e-5};  // none of these is rounded to bf16
     cases.record("adamw master", shape, master.values(), fp32);
     cases.record("adamw m", shape, m.values(), fp32);
     cases.record("adamw v", shape, v.values(), fp32);
-    // The weights are the master weights, rounded to nearest.
+    // The weights are the master weights less the center, rounded to nearest.
     const std::vector<double> want = master.values(), got = adamw_weights_are_master ? want : copy.values();
     int64_t different = 0;
-    for (int64_t i = 0; i < n; i++) different += got[i] != double(floatX(floatS(want[i])));
+    for (int64_t i = 0; i < n; i++) different += got[i] != double(floatX(floatS(want[i]) - center));
     cases.record("adamw weights that are not rounded master weights", shape, {double(different)}, EXACT);
 }
 
@@ -60,6 +61,7 @@ inline void adamw_rounding_case(Cases& cases, int64_t n, int index) {
     const DeviceArray<floatX> weights(device, start);
     const DeviceArray<floatS> m(device, std::vector<float>(n)), v(device, std::vector<float>(n));
     std::vector<double> want(start.begin(), start.end());
+    const float center = index == 1;
     for (int64_t step = 1; step <= 3; step++) {
         const AdamW options = sign_step(0x1p-12, step);
         std::vector<float> g = normal_values(1 + uint64_t(step), n);
@@ -67,9 +69,11 @@ inline void adamw_rounding_case(Cases& cases, int64_t n, int index) {
             if (x == 0) x = 1;
         const DeviceArray<floatS> gradients(device, g);
         if (!adamw_weights_are_master)
-            adamw_update(device, {weights, nullptr, gradients, m, v, n, false, index}, options);
-        for (int64_t i = 0; i < n; i++)
-            want[i] = stochastically_rounded(want[i] - std::copysign(options.lr, g[i]), options, index, i);
+            adamw_update(device, {weights, nullptr, gradients, m, v, n, false, index, center}, options);
+        for (int64_t i = 0; i < n; i++) {
+            const float moved = float(want[i]) + center - std::copysign(float(options.lr), g[i]);
+            want[i] = stochastically_rounded(moved - center, options, index, i);
+        }
     }
     cases.record("adamw without master weights", "n=" + std::to_string(n) + " tensor " + std::to_string(index),
                  adamw_weights_are_master ? want : weights.values(), EXACT);
