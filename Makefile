@@ -102,9 +102,10 @@ bench:  ## set up (a current PyTorch, too) and build the benchmarks into build/b
 	@$(MAKE) --no-print-directory train_gpt $(BENCHMARKS)
 
 # What `make test` builds for GPUs, to see that it builds.
-cuda-build: $(BUILD)/train_gpt build/tests/kernel_cases_cuda-fp32 $(if $(HAS_NCCL),build/tests/nccl_self_cuda) $(if $(HAS_CUDNN),build/tests/cudnn_plans_test)
+cuda-build: $(BUILD)/train_gpt $(BUILD)/test_gpt build/tests/kernel_cases_cuda-fp32 build/bench/gpu_kernels_cuda-bf16 $(if $(HAS_NCCL),build/tests/nccl_self_cuda) $(if $(HAS_CUDNN),build/tests/cudnn_plans_test)
 
-tests: $(addprefix build/,cpu-bf16/train_gpt cpu-bf16/test_gpt cpu-fp64/test_gpt cuda-on-host-fp32/test_gpt) \
+tests: $(addprefix build/,cpu-bf16/train_gpt cpu-bf16/test_gpt cpu-fp64/test_gpt cuda-on-host-fp32/test_gpt cuda-on-host-fp32/train_gpt) \
+       build/bench/gpu_kernels_cuda-on-host-fp32 \
        $(UNIT_TESTS) $(FUZZ_TESTS) build/tests/cuda_on_host_faults \
        $(addprefix build/tests/kernel_cases_,cpu-fp64 cpu-fp32 cpu-bf16 cuda-on-host-fp32 cuda-on-host-bf16) $(if $(MPI_FLAGS),build/tests/mpi_check build/tests/mpi_layouts)
 
@@ -112,7 +113,7 @@ train_gpt test_gpt: %: $(BUILD)/% FORCE
 	@ln -sfn $< $@
 
 build/tests/cudnn_plans_test: dev/tests/cudnn_plans_test.cpp $(CUDNN_OBJECT)
-	$(COMPILE) -O1 -DPRECISION_BF16 $(CUDA_PATHS) -DCUDA_DRIVER_STUB='"$(CUDA)/lib64/stubs/libcuda.so"' $^ -o $@ \
+	$(COMPILE) -O1 -DPRECISION_BF16 $(CUDA_PATHS) -DCUDA_DRIVER_STUB='"$(CUDA)/lib64/stubs/libcuda.so"' $< $(CUDNN_OBJECT) -o $@ \
 	    -lgtest -lgtest_main -lcudart -ldl -pthread
 
 # Programs and the cases of all kernels, for each device and precision. They are built again when what they are built

@@ -57,9 +57,10 @@ programs() {  # of a part
         for precision in fp32 bf16; do
             build PRECISION=$precision "build/tests/kernel_cases_$device-$precision"
         done ;;
-    bench-*) build PRECISION=bf16 "build/$device-bf16/train_gpt" "build/bench/gpu_kernels_$device-bf16" ;;
+    bench-*) build PRECISION=$speed "build/$device-$speed/train_gpt" "build/bench/gpu_kernels_$device-$speed" ;;
     esac
 }
+speed=$([ "$device" = cuda ] && echo bf16 || echo fp32)  # is measured in this precision
 nccl=build/tests/nccl_self_$([ "$device" = cuda ] && echo cuda || echo test)
 
 check() {  # name, command... Status 77: it cannot be checked here, and the last line says why
