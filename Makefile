@@ -51,7 +51,8 @@ MPI_FLAGS := $(if $(findstring -DUSE_MPI,$(MPI_FLAGS)),$(if $(MPI_BUILDS),$(MPI_
 # whose C++ front end is a set of headers (CUDNN_FRONTEND=DIR). CUDA_DIRS: further directories with include/ and lib/.
 CUDA      := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CUDA_PATHS := $(foreach dir,$(CUDA_DIRS) $(CUDA),-isystem $(dir)/include -L$(dir)/lib -L$(dir)/lib64)
-FRONT_END := $(firstword $(CUDNN_FRONTEND) $(wildcard build/venv-cuda/lib/python3*/site-packages/include))
+FRONT_END := $(firstword $(CUDNN_FRONTEND) $(patsubst %/cudnn_frontend.h,%,$(wildcard $(DEPS:%=%/cudnn_frontend.h))) \
+               $(wildcard build/venv-cuda/lib/python3*/site-packages/include))
 compiles   = $(shell printf '\043$(1)' | $(CXX) -std=c++20 -x c++ - -x none -o /dev/null $(2) 2>/dev/null && echo yes)
 ifeq ($(DEVICE),cuda)
 HAS_NCCL  := $(if $(NO_NCCL),,$(call compiles,include <nccl.h>\nint main() { return ncclGetVersion(nullptr); },$(CUDA_PATHS) -lnccl))
