@@ -1,6 +1,5 @@
 // Cases of cudnn_attention.h: chunks of mixed lengths, whose calls leave gaps to each other and have copies of
-// segments, and slices beside packed segments. Builds without cuDNN compute the same by other kernels, for the
-// comparison.
+// segments, and slices beside packed segments. On the CPU its own kernels compute them, for the comparison.
 #pragma once
 
 #include "attention.h"
