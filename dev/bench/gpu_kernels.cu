@@ -70,9 +70,11 @@ Case read_case(int argc, char** argv) {
                .context = c.length,
                .vocab = numbers["vocab"],
                .padded_vocab = round_up(numbers["vocab"], 64)};
+    if (numbers["layers"] || numbers["channels"])
+        c.name = std::to_string(c.model.layers) + " layers of " + std::to_string(c.model.channels);
     c.head_chunk = std::min(numbers["head-chunk"], c.tokens());
     c.milliseconds = double(numbers["milliseconds"]);
-    if (c.model.channels % c.model.heads || c.model.head_size() % PACK)
+    if (c.model.heads < 1 || c.model.channels % c.model.heads || c.model.head_size() % PACK)
         throw Failure(EXIT_CONFIG, "gpu_kernels: " + std::to_string(c.model.channels) + " channels in " +
                                        std::to_string(c.model.heads) +
                                        " heads; choose heads of a multiple of 8 channels");
