@@ -51,7 +51,8 @@ MPI_FLAGS := $(if $(findstring -DUSE_MPI,$(MPI_FLAGS)),$(if $(MPI_BUILDS),$(MPI_
 # whose C++ front end is a set of headers (CUDNN_FRONTEND=DIR). CUDA_DIRS: further directories with include/ and lib/.
 CUDA      := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CUDA_PATHS := $(foreach dir,$(CUDA_DIRS) $(CUDA),-isystem $(dir)/include -L$(dir)/lib -L$(dir)/lib64)
-FRONT_END := $(firstword $(CUDNN_FRONTEND) $(wildcard build/venv-cuda/lib/python3*/site-packages/include))
+FRONT_END := $(firstword $(CUDNN_FRONTEND) $(patsubst %/cudnn_frontend.h,%,$(wildcard $(DEPS:%=%/cudnn_frontend.h))) \
+               $(wildcard build/venv-cuda/lib/python3*/site-packages/include))
 compiles   = $(shell printf '\043$(1)' | $(CXX) -std=c++20 -x c++ - -x none -o /dev/null $(2) 2>/dev/null && echo yes)
 ifeq ($(DEVICE),cuda)
 HAS_NCCL  := $(if $(NO_NCCL),,$(call compiles,include <nccl.h>\nint main() { return ncclGetVersion(nullptr); },$(CUDA_PATHS) -lnccl))
@@ -78,7 +79,7 @@ $(CUDNN_OBJECT): llmc/kernels/cudnn_attention.cpp
 UNIT_TESTS := $(filter-out %/cudnn_plans_test,$(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/*_test.cpp)))
 FUZZ_TESTS := $(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/fuzz_*.cpp))
 BENCHMARKS := $(patsubst dev/bench/%.cpp,build/bench/%,$(wildcard dev/bench/*.cpp))
-SOURCES    := $(wildcard *.cu llmc/*.h llmc/*/*.h llmc/*/*/*.h llmc/*/*.cuh llmc/*/*.cpp dev/tests/*.cpp dev/tests/*.h dev/tests/*/*.h dev/bench/*.cpp dev/bench/*.h)
+SOURCES    := $(wildcard *.cu llmc/*.h llmc/*/*.h llmc/*/*/*.h llmc/*/*.cuh llmc/*/*.cpp dev/tests/*.cpp dev/tests/*.h dev/tests/*/*.h dev/bench/*.cpp dev/bench/*.cu dev/bench/*.h)
 
 .DEFAULT_GOAL := all
 .PHONY: all run test bench tests cuda-build format check-format tidy clean help
@@ -102,9 +103,10 @@ bench:  ## set up (a current PyTorch, too) and build the benchmarks into build/b
 	@$(MAKE) --no-print-directory train_gpt $(BENCHMARKS)
 
 # What `make test` builds for GPUs, to see that it builds.
-cuda-build: $(BUILD)/train_gpt build/tests/kernel_cases_cuda-fp32 $(if $(HAS_NCCL),build/tests/nccl_self_cuda) $(if $(HAS_CUDNN),build/tests/cudnn_plans_test)
+cuda-build: $(BUILD)/train_gpt $(BUILD)/test_gpt build/tests/kernel_cases_cuda-fp32 build/bench/gpu_kernels_cuda-bf16 $(if $(HAS_NCCL),build/tests/nccl_self_cuda) $(if $(HAS_CUDNN),build/tests/cudnn_plans_test)
 
-tests: $(addprefix build/,cpu-bf16/train_gpt cpu-bf16/test_gpt cpu-fp64/test_gpt cuda-on-host-fp32/test_gpt) \
+tests: $(addprefix build/,cpu-bf16/train_gpt cpu-bf16/test_gpt cpu-fp64/test_gpt cuda-on-host-fp32/test_gpt cuda-on-host-fp32/train_gpt) \
+       build/bench/gpu_kernels_cuda-on-host-fp32 \
        $(UNIT_TESTS) $(FUZZ_TESTS) build/tests/cuda_on_host_faults \
        $(addprefix build/tests/kernel_cases_,cpu-fp64 cpu-fp32 cpu-bf16 cuda-on-host-fp32 cuda-on-host-bf16) $(if $(MPI_FLAGS),$(addprefix build/tests/mpi_,check layouts check_on_host layouts_on_host))
 
@@ -112,17 +114,18 @@ train_gpt test_gpt: %: $(BUILD)/% FORCE
 	@ln -sfn $< $@
 
 build/tests/cudnn_plans_test: dev/tests/cudnn_plans_test.cpp $(CUDNN_OBJECT)
-	$(COMPILE) -O1 -DPRECISION_BF16 $(CUDA_PATHS) -DCUDA_DRIVER_STUB='"$(CUDA)/lib64/stubs/libcuda.so"' $^ -o $@ \
+	$(COMPILE) -O1 -DPRECISION_BF16 $(CUDA_PATHS) -DCUDA_DRIVER_STUB='"$(CUDA)/lib64/stubs/libcuda.so"' $< $(CUDNN_OBJECT) -o $@ \
 	    -lgtest -lgtest_main -lcudart -ldl -pthread
 
 # Programs and the cases of all kernels, for each device and precision. They are built again when what they are built
 # with changes.
 BUILT_WITH = $(CXX) $(CXXFLAGS) $(MPI_FLAGS) $(if $(filter cuda,$(DEVICE)),$(CUDA_ARCH) $(if $(HAS_NCCL),NCCL) $(if $(HAS_CUDNN),cuDNN))
 define programs
-build/$(1)-$(2)/% build/tests/kernel_cases_$(1)-$(2): DEVICE := $(1)
-build/$(1)-$(2)/% build/tests/kernel_cases_$(1)-$(2): PRECISION := $(2)
+build/$(1)-$(2)/% build/tests/kernel_cases_$(1)-$(2) build/bench/gpu_kernels_$(1)-$(2): DEVICE := $(1)
+build/$(1)-$(2)/% build/tests/kernel_cases_$(1)-$(2) build/bench/gpu_kernels_$(1)-$(2): PRECISION := $(2)
 build/$(1)-$(2)/%: %.cu build/$(1)-$(2)/flags $$(if $$(HAS_CUDNN),$$(CUDNN_OBJECT)) ; $$(BUILD_$(1))
 build/tests/kernel_cases_$(1)-$(2): dev/tests/kernel_cases.cpp $$(if $$(HAS_CUDNN),$$(CUDNN_OBJECT)) ; $$(BUILD_$(1))
+build/bench/gpu_kernels_$(1)-$(2): dev/bench/gpu_kernels.cu $$(if $$(HAS_CUDNN),$$(CUDNN_OBJECT)) ; $$(BUILD_$(1))
 build/$(1)-$(2)/flags: FORCE ; @mkdir -p $$(@D) && echo '$$(BUILT_WITH)' | cmp -s - $$@ || echo '$$(BUILT_WITH)' >$$@
 endef
 $(foreach precision,fp32 bf16 fp64,$(eval $(call programs,cpu,$(precision))))

@@ -355,8 +355,27 @@ void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions) {
     }
 }
 
+// Runs every op of a step on whatever is in memory, without messages, before the first step: a GPU loads kernels when
+// they are first used, and may wait for all its streams to do so. Meanwhile the products choose their algorithms,
+// unless the bits of a run are to repeat in another. Only the gradients are written to, which every step begins with
+// zeros.
+void warm_up([[maybe_unused]] Rank& rank, [[maybe_unused]] const Step& step) {
+#ifdef USE_CUDA
+    const Plan& plan = rank.plan_for(step.group_sizes, true);
+    rank.inputs.load(rank.device, step);
+    rank.device.tune_products = !rank.options.deterministic;
+    for (size_t i = 0; i < plan.ops.size(); ++i)
+        if (plan.ops[i].kind == Kind::compute) compute(rank, plan, i, 1, nullptr);
+    rank.device.tune_products = false;
+    finish(rank.device);
+#endif
+}
+
 double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer) {
     rank.inputs.load(rank.device, step);
+#ifdef USE_NCCL
+    rank.transport.all_gather("");  // whoever asks for memory now may wait for GPUs that wait for messages
+#endif
     fill_zero(rank.device, rank.loss.data(), 1);
     if (observer) observer->losses.resize(step.chunks.size());
     run_ops(rank, plan,
@@ -491,9 +510,13 @@ double gradient_norm(const Rank& rank) {
 // One AdamW update of all parameters. `update` counts from 1.
 void update_parameters(Rank& rank, AdamW adamw) {
     rank.transport.progress.busy_with("the optimizer");
-    for (const Parameter& p : rank.parameters)
-        adamw_update(rank.device, rank.weights + p.offset, rank.master + p.offset, rank.gradients + p.offset,
-                     rank.m + p.offset, rank.v + p.offset, p.size(), adamw, p.decay);
+    for (const Parameter& p : rank.parameters) {
+        const auto at = [&](auto* flat) { return flat ? flat + p.offset : nullptr; };
+        adamw_update(rank.device,
+                     {at(rank.weights), at(rank.master), at(rank.gradients), at(rank.m), at(rank.v), p.size(), p.decay,
+                      p.index, p.center()},
+                     adamw);
+    }
 }
 
 // The optimizer step of a training step, given the norm of its gradients. `update` is less than `step` where steps have
@@ -501,21 +524,45 @@ void update_parameters(Rank& rank, AdamW adamw) {
 void clip_and_update(Rank& rank, const Config& c, int64_t step, int64_t update, double norm) {
     const auto& t = c.training;
     const double scale = t.clip > 0 && norm > t.clip ? t.clip / norm : 1;
-    update_parameters(rank, {learning_rate(c, step), t.beta1, t.beta2, t.eps, t.weight_decay, update, scale});
+    update_parameters(
+        rank, {learning_rate(c, step), t.beta1, t.beta2, t.eps, t.weight_decay, update, scale, uint64_t(t.seed)});
 }
 
-// Weights as matrix products read them, from the master weights: after initialisation and loading.
+// to = from + sign x center, for the parameters that are stored less a center; they are few, and this is rare.
+template <class T, class U>
+void shift_centered(Rank& rank, T* to, U* from, floatS sign) {
+    for (const Parameter& p : rank.parameters) {
+        if (p.center() == 0) continue;
+        HostView<U> source(rank.device, from + p.offset, p.size(), true);
+        HostView<T> target(rank.device, to + p.offset, p.size(), false);
+        for (int64_t i = 0; i < p.size(); ++i) target.data()[i] = T(floatS(source.data()[i]) + sign * p.center());
+        target.store();
+    }
+}
+
+// Weights as kernels read them, from those in floatS: after initialisation and loading.
 void round_weights(Rank& rank) {
     const int64_t n = flat_size(rank.parameters);
-    if constexpr (!std::is_same_v<floatX, floatS>)
-        copy_rows(rank.device, Matrix<floatX>(rank.weights, 1, n), Matrix<const floatS>(rank.master, 1, n));
+    if constexpr (std::is_same_v<floatX, floatS>) return;
+    copy_rows(rank.device, Matrix<floatX>(rank.weights, 1, n), Matrix<const floatS>(rank.full_weights(), 1, n));
+    shift_centered(rank, rank.weights, rank.full_weights(), -1);
+}
+
+// The other way, between steps: the weights in floatS.
+floatS* widen_weights(Rank& rank) {
+    const int64_t n = flat_size(rank.parameters);
+    if (!rank.master) {
+        copy_rows(rank.device, Matrix<floatS>(rank.full_weights(), 1, n), Matrix<const floatX>(rank.weights, 1, n));
+        shift_centered(rank, rank.full_weights(), rank.weights, 1);
+    }
+    return rank.full_weights();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Non-finite steps (README, "Exit codes")
 
 bool weights_are_finite(const Rank& rank) {
-    double wrong = first_nonfinite(rank.device, rank.master, flat_size(rank.parameters)) >= 0;
+    double wrong = first_nonfinite(rank.device, rank.weights, flat_size(rank.parameters)) >= 0;
     rank.transport.sum({&wrong, 1});
     return wrong == 0;
 }
@@ -524,15 +571,15 @@ bool weights_are_finite(const Rank& rank) {
 // from the head towards the embedding.
 std::string name_nonfinite(const Rank& rank) {
     std::string found;  // "1 00017 weight h.1..." sorts after all that is less telling
-    for (const floatS* flat : {rank.gradients, rank.master})
-        for (const Parameter& p : rank.parameters) {
-            const int64_t element = first_nonfinite(rank.device, flat + p.offset, p.size());
-            const bool weight = flat == rank.master;
-            if (element >= 0)
-                found = std::max(
-                    found, format("%d %05d ", int(weight), p.index) + (weight ? "weight " : "gradient of ") + p.name +
-                               "[" + std::to_string(element / p.cols) + ", " + std::to_string(element % p.cols) + "]");
-        }
+    const auto look = [&](const auto* flat, int rating, const char* kind) {
+        for (const Parameter& p : rank.parameters)
+            if (const int64_t element = first_nonfinite(rank.device, flat + p.offset, p.size()); element >= 0)
+                found = std::max(found, format("%d %05d ", rating, p.index) + kind + p.name + "[" +
+                                            std::to_string(element / p.cols) + ", " + std::to_string(element % p.cols) +
+                                            "]");
+    };
+    look(rank.gradients, 0, "gradient of ");
+    look(rank.weights, 1, "weight ");
     const std::vector<std::string> all = rank.transport.all_gather(found);
     const std::string& name = *std::max_element(all.begin(), all.end());
     return name.empty() ? "loss" : name.substr(8);
@@ -553,6 +600,11 @@ std::string name_nonfinite(const Rank& rank) {
     std::string differ;
     for (const std::string& name : rank.transport.all_gather(same ? "" : std::to_string(rank.index)))
         differ += (differ.empty() || name.empty() ? "" : ", ") + name;
+    if (!differ.empty() && !repeats_bits(rank.options))
+        throw JointFailure(EXIT_NONFINITE,
+                           what +
+                               "A replay gave different bits, as it may without --deterministic, so that data, "
+                               "optimisation or hardware may be the cause: resume with --deterministic, which tells");
     if (differ.empty())
         throw JointFailure(EXIT_NONFINITE,
                            what +
@@ -613,15 +665,15 @@ struct Training {
 
 // What of a rank goes into a checkpoint, on the host.
 struct CheckpointState {
-    HostView<floatS> master, m, v;
+    HostView<floatS> weights, m, v;
     CheckpointView view;
 
     CheckpointState(Rank& rank, bool read)
-        : master(rank.device, rank.master, flat_size(rank.parameters), read),
+        : weights(rank.device, widen_weights(rank), flat_size(rank.parameters), read),
           m(rank.device, rank.m, flat_size(rank.parameters), read),
           v(rank.device, rank.v, flat_size(rank.parameters), read),
-          view{rank.options.model, rank.parameters, master.data(), m.data(), v.data()} {}
-    void store() { master.store(), m.store(), v.store(); }
+          view{rank.options.model, rank.parameters, weights.data(), m.data(), v.data()} {}
+    void store() { weights.store(), m.store(), v.store(); }
 };
 
 void save(Training& run) {
@@ -668,7 +720,7 @@ std::string start_weights(Training& run) {
         if (found) run.state = restore_checkpoint(*found, start.view);
         else if (!c.run.init_from.empty()) init_from_huggingface(from = c.run.init_from, start.view);
         else
-            initialize_parameters(start.master.data(), run.rank.parameters, run.rank.options.model,
+            initialize_parameters(start.weights.data(), run.rank.parameters, run.rank.options.model,
                                   uint64_t(c.training.seed));
         start.store();
     });
@@ -765,6 +817,7 @@ int training_loop(Training& run) {
         const Step step = prepare_step(batch, c.data.chunk_tokens, rank.options.model);
         const int64_t number = run.state.step + 1;
 
+        if (run.state.step == first_step) warm_up(rank, step);
         const double loss = compute_gradients(rank, step);
         const double norm = gradient_norm(rank);
         if (std::isfinite(loss) && std::isfinite(norm)) {
@@ -828,7 +881,8 @@ void print_start(const Training& run, const std::string& weights_from) {
                       " channels, " + std::to_string(g.heads) + " heads, context " + std::to_string(g.context) +
                       ", vocabulary " + std::to_string(g.vocab) + (g.tied ? ", tied head, " : ", untied head, ") +
                       std::to_string(parameter_count(g)) + " parameters"},
-        {"weights", "from " + weights_from},
+        {"weights",
+         "from " + weights_from + (run.rank.master ? "" : ", no master weights: the optimizer rounds stochastically")},
         {"data", c.data.train + ": " + tokens_text(run.job.loader) + ", " + c.data.packing},
         {"validation",
          run.job.val_loader ? c.data.val + ": " + tokens_text(*run.job.val_loader) : "off: no --val-data"},
@@ -896,10 +950,11 @@ int verify_layout(Training& run) {
             norm[rank != &run.rank] = gradient_norm(*rank);
         }
         if (alone) comparison.compare_losses(loss[0], loss[1]);
-        comparison.compare_tensors(&Rank::gradients, &LayoutComparison::Errors::gradient);
+        const auto gradients = [](Rank& rank) { return rank.gradients; };
+        comparison.compare_tensors(gradients, &LayoutComparison::Errors::gradient);
         if (alone) clip_and_update(alone->rank, c, number, number, norm[1]);
         clip_and_update(run.rank, c, number, number, norm[0]);
-        comparison.compare_tensors(&Rank::master, &LayoutComparison::Errors::weight);
+        comparison.compare_tensors(widen_weights, &LayoutComparison::Errors::weight);
     }
     double good = comparison.report(layout_text(run.rank.options));
     run.rank.transport.sum({&good, 1});
@@ -938,6 +993,8 @@ int train_command(Config c, Team& team) {
     std::optional<Signals> signals;
     std::optional<DirectoryLock> lock;
     std::optional<Job> job;
+    // Before a GPU is asked anything: its driver's threads must not take signals.
+    if (!c.run.dry_run) signals.emplace([&] { return team.status(); }, [&] { return team.peer_died(); }, speaks);
     if (!c.run.init_from.empty()) take_sizes_of(c, c.run.init_from, team.processes());
     if (c.parallel.schedule == "auto") choose_schedule(c, team.processes());
     bool dry_run = false;
@@ -953,7 +1010,6 @@ int train_command(Config c, Team& team) {
             besides = plan_memory(rank_options(single, model_of(c), true)).total();
         }
         check_memory(c, plans, besides, [&](int64_t available) { return fitting_layout(c, plans, available); });
-        signals.emplace([&] { return team.status(); }, [&] { return team.peer_died(); }, speaks);
         const Tokenizer tokenizer(c.data.tokenizer);
         const auto open = [&](const std::string& files, uint64_t seed) {
             return Loader(open_token_files(files), loader_options(c, tokenizer, seed));
@@ -968,7 +1024,8 @@ int train_command(Config c, Team& team) {
         const int threads = c.threads() * team.local_ranks(int(c.parallel.ranks));
         double peak = 0;  // measured by one process while the others wait
         if (speaks) peak = measure_matrix_peak(threads);
-        peak *= double(c.parallel.ranks) / team.local_ranks(int(c.parallel.ranks));
+        const int local = team.local_ranks(int(c.parallel.ranks));
+        peak *= double(c.parallel.ranks) / local * devices_of(local);
         job.emplace(c, tokenizer, std::move(loader), std::move(val_loader), *signals, peak,
                     speaks ? cluster_of_this_run(c) : std::nullopt, used_on_device());
     });
@@ -1004,6 +1061,9 @@ int main(int argc, char** argv) {
         Team team(launch);
         const Config config = parse_config(argc, argv, team.launch);
         omp_set_num_threads(config.threads());
+#ifdef USE_NCCL  // a kernel that is loaded while messages wait may wait for them in turn
+        if (config.parallel.ranks > 1) setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+#endif
         const std::string& command = config.command;
         const bool one_process = command == "tokenize" || command == "doctor" || command == "plan";
         if (launch.ranks > 1 && one_process)

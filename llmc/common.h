@@ -66,6 +66,10 @@ using floatS = float;
 #define PRECISION_NAME "fp32"
 #endif
 
+// LayerNorm's weights, which stay near 1, are stored in bf16 less 1: near 1 most updates would be smaller than half the
+// distance of two numbers of bf16, and all of them rounded away.
+constexpr floatS NORM_CENTER = std::is_same_v<floatX, floatS> ? 0 : 1;
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Row-major view of a matrix [rows, cols] whose rows lie `stride` elements apart. It owns nothing.
 template <class T>

@@ -7,6 +7,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <limits>
 #include <string>
 
 #include "llmc/common.h"
@@ -51,6 +53,28 @@ __device__ T* shared_memory() {
 #else
     return reinterpret_cast<T*>(host_shared_memory());
 #endif
+}
+
+// Seconds of one of several runs of work(), which gives the stream something to do: of the fastest of three batches.
+template <class Work>
+double best_seconds_on_gpu(cudaStream_t stream, int runs, const Work& work) {
+    cudaEvent_t begin, end;
+    CUDA_CHECK(cudaEventCreate(&begin));
+    CUDA_CHECK(cudaEventCreate(&end));
+    double best = std::numeric_limits<double>::infinity();
+    work();
+    for (int batch = 0; batch < 3; batch++) {
+        CUDA_CHECK(cudaEventRecord(begin, stream));
+        for (int n = 0; n < runs; n++) work();
+        CUDA_CHECK(cudaEventRecord(end, stream));
+        CUDA_CHECK(cudaEventSynchronize(end));
+        float ms = 0;
+        CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+        best = std::min(best, 1e-3 * double(ms) / runs);
+    }
+    CUDA_CHECK(cudaEventDestroy(begin));
+    CUDA_CHECK(cudaEventDestroy(end));
+    return best;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

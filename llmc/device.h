@@ -44,6 +44,8 @@ struct Device {
     int multiprocessors = 1;
     cublasLtHandle_t blas = nullptr;
     MatmulAlgorithms* algorithms = nullptr;
+    bool tune_products = false;  // new products choose the fastest of several algorithms; whoever sets it throws away
+                                 // what products have accumulated meanwhile
     CudnnAttention* cudnn = nullptr;  // null: our own attention
 #endif
 
@@ -70,7 +72,30 @@ inline std::string device_text(const std::string& threads) {
 #endif
 }
 
-// Bytes that ranks may still take on the device.
+// On how many devices so many ranks of a machine run: they take its GPUs in turns.
+inline int devices_of(int local_ranks) {
+#ifdef USE_CUDA
+    int gpus = 0;
+    CUDA_CHECK(cudaGetDeviceCount(&gpus));
+    return std::clamp(gpus, 1, std::max(local_ranks, 1));
+#else
+    (void)local_ranks;
+    return 1;
+#endif
+}
+
+// Makes the device of a rank that of this thread.
+inline void choose_device(int local_rank) {
+#ifdef USE_CUDA
+    int gpus = 0;
+    CUDA_CHECK(cudaGetDeviceCount(&gpus));
+    CUDA_CHECK(cudaSetDevice(local_rank % std::max(gpus, 1)));
+#else
+    (void)local_rank;
+#endif
+}
+
+// Bytes that ranks may still take on the device of this thread; on the CPU, of the machine.
 inline int64_t available_on_device() {
 #ifdef USE_CUDA
     size_t free = 0, total = 0;
@@ -100,18 +125,15 @@ public:
 
     explicit OpenDevice(int threads, int local_rank = 0) {
         device.threads = threads;
+        choose_device(local_rank);
 #ifdef USE_CUDA
-        int gpus = 0;
-        CUDA_CHECK(cudaGetDeviceCount(&gpus));
-        const int gpu = local_rank % std::max(gpus, 1);
-        CUDA_CHECK(cudaSetDevice(gpu));
+        int gpu = 0;
+        CUDA_CHECK(cudaGetDevice(&gpu));
         CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, gpu));
         CUDA_CHECK(cudaStreamCreateWithFlags(&device.stream, cudaStreamNonBlocking));
         if (cublasLtCreate(&device.blas) != CUBLAS_STATUS_SUCCESS)
             throw Failure(EXIT_HARDWARE, "cuBLASLt cannot be opened on GPU " + std::to_string(gpu));
         device.algorithms = &algorithms_;
-#else
-        (void)local_rank;
 #endif
     }
     OpenDevice(const OpenDevice&) = delete;
@@ -178,6 +200,27 @@ private:
     int64_t count_ = 0;
 };
 
+// So many bytes of the host that a GPU reads and writes by itself, while the host goes on.
+#ifdef USE_CUDA
+class PinnedMemory {
+public:
+    PinnedMemory() = default;
+    explicit PinnedMemory(int64_t bytes) : bytes_(bytes) { CUDA_CHECK(cudaMallocHost(&data_, size_t(bytes))); }
+    PinnedMemory& operator=(PinnedMemory&& other) noexcept {
+        std::swap(data_, other.data_), std::swap(bytes_, other.bytes_);
+        return *this;
+    }
+    ~PinnedMemory() { cudaFreeHost(data_); }
+
+    std::byte* data() const { return data_; }
+    int64_t size() const { return bytes_; }
+
+private:
+    std::byte* data_ = nullptr;
+    int64_t bytes_ = 0;
+};
+#endif
+
 // Between the host and the device, after everything that the device was told to do before. Return when it is done.
 enum class Way { to_device, to_host };
 inline void copy_and_wait(const Device& device, void* to, const void* from, int64_t bytes, Way way) {
@@ -197,6 +240,15 @@ void upload(const Device& device, T* to /*[n] device*/, const T* from /*[n] host
 template <class T>
 void download(const Device& device, T* to /*[n] host*/, const T* from /*[n] device*/, int64_t n) {
     copy_and_wait(device, to, from, n * int64_t(sizeof(T)), Way::to_host);
+}
+
+// Returns when the device has done all that it was told.
+inline void finish(const Device& device) {
+#ifdef USE_CUDA
+    CUDA_CHECK(cudaStreamSynchronize(device.stream));
+#else
+    (void)device;
+#endif
 }
 
 // A device array as the host reads and writes it: on the CPU the array itself, on a GPU a copy, filled from it if

@@ -1,8 +1,9 @@
 // The kernels on fixed inputs, one build for each device and precision, and the comparison of what they give.
 // The reference is the CPU build in fp64. test_kernels.py runs it, and on a GPU dev/gpu_check.sh.
 //
-//   kernel_cases OUTPUTS [--only OP]         runs the cases of dev/tests/kernel_cases/OP.h, or of all, and writes
-//   outputs kernel_cases compare REFERENCE OUTPUTS   prints the worst error of each kernel beside its bound
+//   kernel_cases OUTPUTS [--only OP]         runs the cases of dev/tests/kernel_cases/OP.h, or of all but
+//                                            cudnn_attention, and writes their outputs
+//   kernel_cases compare REFERENCE OUTPUTS   prints the worst error of each kernel beside its bound
 #include <cstdio>
 #include <fstream>
 #include <sstream>
@@ -26,14 +27,20 @@ const std::vector<Op> OPS = {{TEXT(ONE_OP), CASES(ONE_OP)}};
 #include "kernel_cases/attention.h"
 #include "kernel_cases/classifier.h"
 #include "kernel_cases/copy_reduce.h"
+#include "kernel_cases/cudnn_attention.h"
 #include "kernel_cases/encoder.h"
 #include "kernel_cases/gelu.h"
 #include "kernel_cases/layernorm.h"
 #include "kernel_cases/matmul.h"
-const std::vector<Op> OPS = {{"adamw", adamw_cases},           {"attention", attention_cases},
-                             {"classifier", classifier_cases}, {"copy_reduce", copy_reduce_cases},
-                             {"encoder", encoder_cases},       {"gelu", gelu_cases},
-                             {"layernorm", layernorm_cases},   {"matmul", matmul_cases}};
+const std::vector<Op> OPS = {{"adamw", adamw_cases},
+                             {"attention", attention_cases},
+                             {"classifier", classifier_cases},
+                             {"copy_reduce", copy_reduce_cases},
+                             {"encoder", encoder_cases},
+                             {"gelu", gelu_cases},
+                             {"layernorm", layernorm_cases},
+                             {"matmul", matmul_cases},
+                             {"cudnn_attention", cudnn_attention_cases}};
 #endif
 
 constexpr size_t FEWEST_SHAPES = 20;  // of each output
@@ -129,10 +136,14 @@ int main(int argc, char** argv) {
         if (arguments.size() != 1 && !only)
             throw Failure(EXIT_CONFIG,
                           "usage: kernel_cases OUTPUTS [--only OP], or kernel_cases compare REFERENCE OUTPUTS");
+#if defined(USE_CUDA) && !defined(USE_CUDNN)
+        if (only && arguments[2] == "cudnn_attention")
+            return std::printf("this program was built without cuDNN\n"), 77;  // nothing was checked
+#endif
         Records records;
         bool known = false;
         for (const auto& [name, run_cases] : OPS)
-            if (!only || arguments[2] == name) {
+            if (only ? arguments[2] == name : name != "cudnn_attention") {
                 known = true;
                 Cases cases;
                 run_cases(cases);

@@ -21,7 +21,7 @@ TEST(AdamW, TenStepsAgainstDouble) {
             options.gradient_scale = 0.3;
             for (int64_t& t = options.step; t <= 10; t++) {
                 const auto gradients = random_vector<floatS>(n, uint64_t(1 + t));
-                adamw_update(device, weights, master.data(), gradients.data(), m.data(), v.data(), n, options, decay);
+                adamw_update(device, {weights, master.data(), gradients.data(), m.data(), v.data(), n, decay}, options);
                 for (int64_t i = 0; i < n; i++) {
                     const double g = double(gradients[i]) * 0.3;
                     want_m[i] = 0.9 * want_m[i] + 0.1 * g;
@@ -37,6 +37,34 @@ TEST(AdamW, TenStepsAgainstDouble) {
             for (int64_t i = 0; i < n; i++) EXPECT_EQ(double(weights[i]), double(floatX(master[i])));
             return concatenated(master, m, v);
         });
+}
+
+// Of the 65536 random numbers just as many round away from zero as the value is 65536th parts of the way beyond the
+// bf16 before it, so that the mean is the value. None moves a bf16 or an infinity, or makes a number of a NaN.
+TEST(AdamW, StochasticRoundingHasNoBias) {
+    const auto rounded = [](uint32_t bits, uint32_t random) {
+        bf16 to;
+        assign_stochastically(to, std::bit_cast<float>(bits), random);
+        return to.bits;
+    };
+    for (const uint32_t bits : {0x3f800000u, 0x3f800001u, 0x3f808000u, 0xbf80ffffu, 0x3fffc000u, 0x00001234u,
+                                0x007fff00u, 0x80000001u, 0x7f7f0001u, 0x7f800000u, 0xff800000u}) {
+        uint32_t away = 0;
+        for (uint32_t random = 0; random < 65536; random++) {
+            const uint16_t got = rounded(bits, random);
+            ASSERT_TRUE(got == bits >> 16 || got == (bits >> 16) + 1) << std::hex << bits << " by " << random;
+            away += got != bits >> 16;
+        }
+        EXPECT_EQ(away, bits & 0xffffu) << std::hex << bits;
+    }
+    for (uint32_t bits = 0; bits < 65536; bits++)
+        if ((bits & 0x7fffu) <= 0x7f80u) { ASSERT_EQ(rounded(bits << 16, 65535), bits); }
+    for (const uint32_t bits : {0x7f800001u, 0x7fffffffu, 0xffffffffu, 0xff80ffffu, 0x7fc00000u})
+        for (const uint32_t random : {0u, 1u, 32768u, 65535u}) {
+            bf16 got;
+            got.bits = rounded(bits, random);
+            EXPECT_TRUE(std::isnan(float(got))) << std::hex << bits << " by " << random;
+        }
 }
 
 TEST(Reduce, Sums) {

@@ -115,14 +115,41 @@ struct LayoutRun {
 
 // Unlike those of training, no weight is zero at the start, and attention looks at some tokens more than at others.
 inline void set_weights(Rank& rank) {
-    HostView<floatS> master(rank.device, rank.master, flat_size(rank.parameters), false);
+    HostView<floatS> weights(rank.device, rank.full_weights(), flat_size(rank.parameters), false);
     for (const Parameter& p : rank.parameters)
         for (int64_t i = 0; i < p.size(); ++i)
-            master.data()[p.offset + i] = i < used_rows(p, rank.options.model) * p.cols
-                                              ? p.mean + 0.15f * normal(9, uint64_t(p.index), uint64_t(i))
-                                              : 0;
-    master.store();
+            weights.data()[p.offset + i] = i < used_rows(p, rank.options.model) * p.cols
+                                               ? p.mean + 0.15f * normal(9, uint64_t(p.index), uint64_t(i))
+                                               : 0;
+    weights.store();
     round_weights(rank);
+}
+
+// The tensors of a flat buffer, by Parameter.index, from the ranks that have the originals. Called by every rank of the
+// layout. Tensors that differ between ranks, or are missing, become problems.
+inline std::vector<std::vector<floatS>> gather(const Rank& rank, floatS* flat, std::vector<std::string>& problems) {
+    const std::vector<Parameter> table = parameter_table(rank.options.model);
+    std::vector<std::vector<floatS>> tensors(table.size());
+    std::vector<int> originals(table.size());
+    HostView<floatS> held(rank.device, flat, flat_size(rank.parameters), true);
+    const std::string own(reinterpret_cast<const char*>(held.data()), size_t(held.size()) * sizeof(floatS));
+    const std::vector<std::string> all = rank.transport.all_gather(own);
+    RankOptions options = rank.options;
+    for (options.layout.rank = 0; options.layout.rank < rank.transport.ranks; ++options.layout.rank)
+        for (const Parameter& p : options.parameters()) {
+            std::vector<floatS> values(static_cast<size_t>(p.size()));
+            std::memcpy(values.data(), all[size_t(options.layout.rank)].data() + size_t(p.offset) * sizeof(floatS),
+                        values.size() * sizeof(floatS));
+            originals[size_t(p.index)] += !p.copy;
+            std::vector<floatS>& known = tensors[size_t(p.index)];
+            if (known.empty()) known = std::move(values);
+            else if (std::memcmp(known.data(), values.data(), values.size() * sizeof(floatS)) != 0)
+                problems.push_back("copies of " + p.name + " differ");
+        }
+    for (const Parameter& p : table)
+        if (originals[size_t(p.index)] != 1)
+            problems.push_back(std::to_string(originals[size_t(p.index)]) + " ranks own " + p.name);
+    return tensors;
 }
 
 // Called on each rank after every compute op: to plant an error.
@@ -133,31 +160,8 @@ using Disturb = std::function<void(Rank& rank, const OpTensors& tensors)>;
 // the layout, and every rank gets what all have.
 inline LayoutRun run_rank(const LayoutCase& layout, Transport& transport, int steps, const Disturb& disturb = {}) {
     const Step step = prepare_step(layout.batch(), layout.chunk_tokens, layout.model());
-    const std::vector<Parameter> table = parameter_table(layout.model());
     LayoutRun run;
     Rank rank(layout.options(transport.rank, int(step.chunks.size())), transport);
-    const auto gather = [&](floatS* flat) {
-        std::vector<std::vector<floatS>> tensors(table.size());
-        std::vector<int> originals(table.size());
-        HostView<floatS> held(rank.device, flat, flat_size(rank.parameters), true);
-        const std::string own(reinterpret_cast<const char*>(held.data()), size_t(held.size()) * sizeof(floatS));
-        const std::vector<std::string> all = transport.all_gather(own);
-        for (int r = 0; r < transport.ranks; ++r)
-            for (const Parameter& p : layout.options(r, int(step.chunks.size())).parameters()) {
-                std::vector<floatS> values(static_cast<size_t>(p.size()));
-                std::memcpy(values.data(), all[size_t(r)].data() + size_t(p.offset) * sizeof(floatS),
-                            values.size() * sizeof(floatS));
-                originals[size_t(p.index)] += !p.copy;
-                std::vector<floatS>& known = tensors[size_t(p.index)];
-                if (known.empty()) known = std::move(values);
-                else if (std::memcmp(known.data(), values.data(), values.size() * sizeof(floatS)) != 0)
-                    run.problems.push_back("copies of " + p.name + " differ");
-            }
-        for (const Parameter& p : table)
-            if (originals[size_t(p.index)] != 1)
-                run.problems.push_back(std::to_string(originals[size_t(p.index)]) + " ranks own " + p.name);
-        return tensors;
-    };
     set_weights(rank);
     Observer observer;
     const Plan& plan = rank.plan_for(step.group_sizes, true);
@@ -169,10 +173,10 @@ inline LayoutRun run_rank(const LayoutCase& layout, Transport& transport, int st
     for (int n = 1; n <= steps; ++n) {
         run.losses.push_back(compute_gradients(rank, step, &observer));
         const double norm = gradient_norm(rank);
-        if (n == 1) run.norm = norm, run.gradients = gather(rank.gradients);
+        if (n == 1) run.norm = norm, run.gradients = gather(rank, rank.gradients, run.problems);
         update_parameters(rank, {.lr = 1e-3, .step = n, .gradient_scale = 1e-3 / norm});
     }
-    run.weights = gather(rank.master);
+    run.weights = gather(rank, widen_weights(rank), run.problems);
     return run;
 }
 

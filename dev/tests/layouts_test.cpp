@@ -366,7 +366,8 @@ TEST(Layouts, VerifyLayoutFindsAPlantedError) {
                     if (p.name == "h.1.mlp.c_fc.weight")
                         for (int64_t n = 0; n < p.size(); ++n) rank.gradients[p.offset + n] *= 1 + 1.0f / 4096;
             if (alone) comparison.compare_losses(loss[0], loss[1]);
-            comparison.compare_tensors(&Rank::gradients, &LayoutComparison::Errors::gradient);
+            const auto gradients = [](Rank& r) { return r.gradients; };
+            comparison.compare_tensors(gradients, &LayoutComparison::Errors::gradient);
             const bool agrees = comparison.report("this layout");
             const std::lock_guard lock(mutex);
             good += agrees;

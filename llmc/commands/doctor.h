@@ -22,12 +22,14 @@ inline std::string first_line(const std::string& path) {
 // Each is a sentence: what was found, and what to do about it.
 inline std::vector<std::string> known_problems(int threads) {
     std::vector<std::string> problems;
+#ifndef USE_CUDA
     if (cpu_isa() == Isa::avx2)
         problems.push_back(
             "The CPU has no AVX-512 (or HELIXTRAIN_ISA forbids it): products run at half the rate of one that has.");
     if (std::is_same_v<floatX, bf16> && cpu_isa() < Isa::avx512_bf16)
         problems.push_back(
             "The CPU has no bf16 products: this build converts to fp32 and is slower than `make PRECISION=fp32`.");
+#endif
     const std::string pages = first_line("/sys/kernel/mm/transparent_hugepage/enabled");
     if (pages.find("[never]") != std::string::npos)
         problems.push_back(

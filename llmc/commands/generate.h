@@ -209,8 +209,12 @@ inline int generate_command(const Config& c, Team& team) {
     std::optional<Tokenizer> tokenizer;
     team.processes().together([&] {
         std::vector<MemoryPlan> plans = memory_plans(decoder_options(file, 0));
-        for (size_t r = 0; r < plans.size(); ++r)  // instead of an arena for whole chunks
-            plans[r].activations = bytes_of<DecoderTensors>(decoder_options(file, int(r)));
+        for (size_t r = 0; r < plans.size(); ++r) {
+#ifndef USE_CUDA  // where the arena for whole chunks, which stays empty, takes no memory
+            plans[r].activations = 0;
+#endif
+            plans[r].activations += bytes_of<DecoderTensors>(decoder_options(file, int(r)));
+        }
         check_memory(c, plans, 0, [](int64_t) {
             return std::string("end other programs, or spread the model over several machines with scripts/run_mpi.sh");
         });

@@ -58,6 +58,8 @@ public:
     void load(Rank& rank) const {
         std::vector<floatS> flat(static_cast<size_t>(flat_size(rank.parameters)));
         init_from_huggingface(directory_, {rank.options.model, rank.parameters, flat.data()});
+        for (const Parameter& p : rank.parameters)
+            for (int64_t i = p.offset; i < p.offset + p.size(); ++i) flat[size_t(i)] -= p.center();
         const std::vector<floatX> rounded(flat.begin(), flat.end());
         upload(rank.device, rank.weights, rounded.data(), int64_t(rounded.size()));
     }

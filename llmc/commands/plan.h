@@ -147,6 +147,9 @@ inline std::optional<Cluster> planned_cluster(const Config& c, RankOptions& opti
                                        " has " + std::to_string(cluster.devices) + " devices in groups of " +
                                        std::to_string(cluster.tp) + "; use at most --ranks " +
                                        std::to_string(cluster.ranks()));
+    if (options.no_master && cluster.precision == "fp32")
+        throw Failure(EXIT_CONFIG, "--no-master: the cluster " + cluster.name +
+                                       " trains in fp32, whose weights are their own master; leave it out");
     return cluster;
 }
 

@@ -183,7 +183,7 @@ struct FileKind {
 };
 
 inline std::vector<FileKind> file_kinds(const CheckpointView& view) {
-    return {{"model", {{"", view.master}}}, {"optimizer", {{"m.", view.m}, {"v.", view.v}}}};
+    return {{"model", {{"", view.weights}}}, {"optimizer", {{"m.", view.m}, {"v.", view.v}}}};
 }
 
 // Fills the view from a directory that has just been verified, with what the rank holds.
@@ -320,7 +320,7 @@ inline void refuse_nonfinite(const CheckpointView& view, int64_t step) {
                                                   std::to_string(step) + "; it is not saved as a checkpoint.");
         }
     };
-    check("weight", view.master);
+    check("weight", view.weights);
     check("first moment of", view.m);
     check("second moment of", view.v);
 }

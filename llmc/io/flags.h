@@ -44,10 +44,16 @@ struct Config {
     } training;
     struct {
         std::string recompute = "none";
-        int64_t mlp_chunk = 0, head_chunk = 256;
-        int64_t threads = 0, memory = 0;                 // of each rank; memory in bytes, of all ranks on a machine
+        int64_t mlp_chunk = 0;
+#ifdef USE_CUDA
+        int64_t head_chunk = 8192;  // the gradient of the head's weight, in fp32, is read and written for each chunk
+#else
+        int64_t head_chunk = 256;  // logits stay in the cache
+#endif
+        int64_t threads = 0, memory = 0;  // of each rank; memory in bytes, of all ranks on a machine
+        bool no_master = false;
         bool deterministic = false;                      // on GPUs, like the next; elsewhere every run is
-        int64_t attention_workspace = int64_t(1) << 30;  // bytes
+        int64_t attention_workspace = int64_t(4) << 30;  // bytes
     } compute;
     struct {
         int64_t ranks = 1;
@@ -215,6 +221,8 @@ inline const std::vector<Flag>& flag_table() {
          "of each rank, 0 = its share of the cores", {0, 4096}},
         {"memory", TRAIN | GENERATE | EVAL | PLAN | REHEARSE, IN(compute, memory),
          "most bytes to use (12GiB works too), 0 = what is available; --recompute auto fills it", count},
+        {"no-master", TRAIN | PLAN | REHEARSE, IN(compute, no_master),
+         "bf16: no fp32 master weights, 4 bytes a parameter less; the optimizer rounds stochastically"},
 
 #ifdef USE_CUDA
         {"deterministic", TRAIN | PLAN | REHEARSE, IN(compute, deterministic), "the same bits every time, also in attention"},

@@ -118,7 +118,7 @@ inline GptConfig read_model_config(const std::string& directory) {
 struct CheckpointView {
     const GptConfig& config;                   // of the whole model
     const std::vector<Parameter>& parameters;  // that the rank holds, maybe none
-    floatS* master;
+    floatS* weights;
     floatS *m = nullptr, *v = nullptr;  // null where only weights are wanted
 };
 
@@ -260,7 +260,7 @@ inline void init_from_huggingface(const std::string& path, const CheckpointView&
             lines.push_back(std::move(line));
     refuse_mismatches(path, lines);
 
-    read_tensors(files, view, "", view.master);
+    read_tensors(files, view, "", view.weights);
     for (floatS* moments : {view.m, view.v})
         if (moments) std::fill_n(moments, flat_size(view.parameters), floatS(0));
 
@@ -275,7 +275,7 @@ inline void init_from_huggingface(const std::string& path, const CheckpointView&
     std::vector<floatS> row(size_t(columns), 0);
     for (int64_t r = 0; r < view.config.vocab; ++r) {
         if (same_shape) file->read_range(*tensor, r * columns, columns, row.data());
-        if (!same_shape || !std::equal(row.begin(), row.end(), view.master + embedding->offset + r * columns))
+        if (!same_shape || !std::equal(row.begin(), row.end(), view.weights + embedding->offset + r * columns))
             throw Failure(EXIT_CONFIG,
                           path +
                               " has an lm_head.weight that differs from its embedding, wte.weight; ask for "

@@ -174,6 +174,12 @@ inline const std::vector<Relation>& relation_table() {
             if (c.compute.recompute != "auto" || c.compute.memory || planned) return "";
             return "it keeps what fits into the memory that it is given; use --memory 8GiB";
         }},
+        {TRAIN | PLAN | REHEARSE, {"no-master", "cluster"}, [](const Config& c) -> string {
+            const bool planned = c.command != "train" && !c.plan.cluster.empty();  // in its precision
+            if (!c.compute.no_master || std::is_same_v<floatX, bf16> || planned) return "";
+            return "this program has its weights in " PRECISION_NAME ", which are their own master; leave it out, or use "
+                   "a program built by make PRECISION=bf16";
+        }},
         {TRAIN | PLAN | REHEARSE, {"qkv-move", "schedule"}, [](const Config& c) { return foreign_flag(c, "qkv-move", "helix"); }},
         {TRAIN | GENERATE | EVAL | PLAN | REHEARSE, {"virtual-stages", "schedule"}, [](const Config& c) {
             return foreign_flag(c, "virtual-stages", "interleaved");

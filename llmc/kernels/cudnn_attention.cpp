@@ -30,6 +30,10 @@ static std::string load_cudnn() {
     if (!fe::cudnn_dlhandle) return name + " cannot be loaded: " + dlerror();
     if (fe::detail::get_backend_version() < 90600)
         return "cuDNN " + loaded_version() + " was found, its attention is used from 9.6 on";
+    // With which cuDNN compiles its plans, and without which building them fails.
+    const std::string compiler = "libnvrtc.so." + std::to_string(CUDART_VERSION / 1000);
+    if (!dlopen(compiler.c_str(), RTLD_NOW | RTLD_LOCAL))
+        return compiler + ", which cuDNN needs, cannot be loaded: " + dlerror();
     return "";
 }
 

@@ -6,8 +6,8 @@
 //   dweight += dout xhat      dbias += dout      g = dout weight
 //   din     += rstd (g - sum(g) / C - xhat sum(g xhat) / C)
 //
-// The residual addition that precedes each LayerNorm is fused with it, while the row is in the first-level cache or, on
-// a GPU, in registers.
+// `weight` is stored less NORM_CENTER. The residual addition that precedes each LayerNorm is fused with it, while the
+// row is in the first-level cache or, on a GPU, in registers.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,11 @@
 #include <type_traits>
 
 #include "llmc/device.h"
+#include "llmc/kernels/reduce.cuh"
 #ifndef USE_CUDA
 #include "llmc/kernels/simd.h"
+
+[[gnu::always_inline]] inline floatS norm_weight(floatX stored) { return NORM_CENTER + floatS(stored); }
 
 WIDE inline void layernorm_row(floatX* out /*[C]*/, floatS& mean, floatS& rstd, const floatR* x /*[C]*/,
                                const floatX* weight /*[C]*/, const floatX* bias /*[C]*/, int64_t C) {
@@ -25,7 +28,7 @@ WIDE inline void layernorm_row(floatX* out /*[C]*/, floatS& mean, floatS& rstd, 
         sum_in_lanes<floatS>(0, C, [=](int64_t c) WIDE { return (x[c] - m) * (x[c] - m); }) / floatS(C);
     const floatS r = 1 / std::sqrt(variance + floatS(1e-5));
 #pragma omp simd
-    for (int64_t c = 0; c < C; c++) assign(out[c], (x[c] - m) * r * floatS(weight[c]) + floatS(bias[c]));
+    for (int64_t c = 0; c < C; c++) assign(out[c], (x[c] - m) * r * norm_weight(weight[c]) + floatS(bias[c]));
     mean = m;
     rstd = r;
 }
@@ -72,7 +75,7 @@ WIDE inline void layernorm_row_backward(floatR* dx /*[C]*/, floatS* dw /*[C]*/, 
     floatS sum_g = 0, sum_gx = 0;
 #pragma omp simd reduction(+ : sum_g, sum_gx)
     for (int64_t c = 0; c < C; c++) {
-        const floatS g = floatS(dout[c]) * floatS(weight[c]);
+        const floatS g = floatS(dout[c]) * norm_weight(weight[c]);
         sum_g += g;
         sum_gx += g * ((x[c] - mean) * rstd);
     }
@@ -82,7 +85,7 @@ WIDE inline void layernorm_row_backward(floatR* dx /*[C]*/, floatS* dw /*[C]*/, 
         const floatS d = floatS(dout[c]), xhat = (x[c] - mean) * rstd;
         dw[c] += d * xhat;
         db[c] += d;
-        dx[c] += rstd * (d * floatS(weight[c]) - mean_g - xhat * mean_gx);
+        dx[c] += rstd * (d * norm_weight(weight[c]) - mean_g - xhat * mean_gx);
     }
 }
 
@@ -186,6 +189,13 @@ __device__ void store_pack(T* to, const Pack<T>& x) {
     *reinterpret_cast<Pack<T>*>(to) = x;
 }
 
+__device__ inline Floats load_norm_weight(const floatX* stored) {
+    Floats w = load(stored);
+#pragma unroll
+    for (int k = 0; k < PACK; k++) w[k] += NORM_CENTER;
+    return w;
+}
+
 // 4 bytes per element in bf16; 8 with the addition.
 template <class Rows, bool ADD>
 __global__ void __launch_bounds__(Rows::most_threads)
@@ -230,7 +240,7 @@ __global__ void __launch_bounds__(Rows::most_threads)
 #pragma unroll
     for (int p = 0; p < PACKS; p++)
         if (Rows::column(p) < C) {
-            const Floats w = load(weight + Rows::column(p)), b = load(bias + Rows::column(p));
+            const Floats w = load_norm_weight(weight + Rows::column(p)), b = load(bias + Rows::column(p));
 #pragma unroll
             for (int k = 0; k < PACK; k++) x[p][k] = (x[p][k] - m) * r * w[k] + b[k];
             store(out.row(row) + Rows::column(p), x[p]);
@@ -324,7 +334,7 @@ __global__ void __launch_bounds__(Rows::most_threads, Rows::TEAMS > 1 ? 2 : 1)
 #pragma unroll
         for (int p = 0; p < PACKS; p++)
             if (const int c = Rows::column(p); c < C) {
-                const Floats w = load(weight + c), d = d_packs[p].floats(), x = x_packs[p].floats();
+                const Floats w = load_norm_weight(weight + c), d = d_packs[p].floats(), x = x_packs[p].floats();
                 Floats dw;
 #pragma unroll
                 for (int k = 0; k < PACK; k++) {
@@ -348,7 +358,7 @@ __global__ void __launch_bounds__(Rows::most_threads, Rows::TEAMS > 1 ? 2 : 1)
 #pragma unroll
         for (int p = 0; p < PACKS; p++)
             if (const int c = Rows::column(p); c < C) {
-                const Floats w = load(weight + c), d = d_packs[p].floats(), x = x_packs[p].floats();
+                const Floats w = load_norm_weight(weight + c), d = d_packs[p].floats(), x = x_packs[p].floats();
                 Floats dx = dx_packs[p].floats();
 #pragma unroll
                 for (int k = 0; k < PACK; k++) dx[k] += r * (d[k] * w[k] - mean_g - (x[k] - m) * r * mean_gx);
@@ -366,24 +376,6 @@ __global__ void __launch_bounds__(Rows::most_threads, Rows::TEAMS > 1 ? 2 : 1)
         const int half = i / packs % 2, column = i / (2 * packs) * C + i % packs * PACK + half * 4;
         *reinterpret_cast<float4*>(partial + int64_t(blockIdx.x) * 2 * C + column) = total;
     }
-}
-
-// A block has 16 of the 2 C columns, 16 neighbouring threads every 64th row.
-constexpr int SUMMED_COLUMNS = 2 * PACK, ROW_SLICES = 64;
-
-__global__ void layernorm_backward_sums(float* dweight /*[C] +=*/, float* dbias /*[C] +=*/,
-                                        const float* partial /*[rows, 2, C]*/, int rows, int C) {
-    float* sums = shared_memory<float>();  // [ROW_SLICES, SUMMED_COLUMNS]
-    const int slice = int(threadIdx.x) / SUMMED_COLUMNS;
-    const int column = int(blockIdx.x) * SUMMED_COLUMNS + int(threadIdx.x) % SUMMED_COLUMNS;
-    float sum = 0;
-#pragma unroll 4
-    for (int row = slice; row < rows; row += ROW_SLICES) sum += partial[int64_t(row) * 2 * C + column];
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    if (slice > 0) return;
-    for (int s = 1; s < ROW_SLICES; s++) sum += sums[s * SUMMED_COLUMNS + int(threadIdx.x)];
-    *(column < C ? dweight + column : dbias + column - C) += sum;
 }
 
 // Blocks that go through the rows: with 512 threads on each multiprocessor, enough bytes are on their way. More
@@ -410,9 +402,7 @@ inline void layernorm_backward(const Device& device, Matrix<floatR> din /*[N, C]
         launch(layernorm_backward_kernel<decltype(rows)>, dim3(unsigned(blocks)), rows.threads(C),
                size_t(2 * WARP + rows.TEAMS * 2 * C) * sizeof(float), device.stream, din, partial, dout, in, mean, rstd,
                weight);
-        constexpr int threads = ROW_SLICES * SUMMED_COLUMNS;
-        launch(layernorm_backward_sums, dim3(unsigned(2 * C / SUMMED_COLUMNS)), threads, threads * sizeof(float),
-               device.stream, dweight, dbias, partial, int(blocks), int(C));
+        add_row_sums(device, dweight, dbias, {partial, blocks, 2 * C}, C);
     });
 }
 

@@ -209,6 +209,7 @@ inline void matmul_backward_weight(const Device& device, Matrix<floatS> dweight 
 // the stride as leading dimension, so that each product is computed transposed, out^T = right^T left^T.
 
 #include "llmc/kernels/gelu.h"
+#include "llmc/kernels/reduce.cuh"
 
 enum class Activation { none, gelu };
 
@@ -304,13 +305,18 @@ private:
     }
 };
 
-// The algorithm that cuBLASLt's heuristic puts first; none where it has none for such a product.
-inline std::optional<cublasLtMatmulAlgo_t> find_algorithm(const Device& device, const MatmulDescription& m) {
+// What cuBLASLt says of an algorithm. (nvcc 13.0 crashes on a vector of cuBLASLt's own struct.)
+struct FoundAlgorithm {
+    cublasLtMatmulHeuristicResult_t result{};
+};
+
+// The algorithms that cuBLASLt's heuristic puts first, at most so many; none where it has none for such a product.
+inline std::vector<FoundAlgorithm> find_algorithms(const Device& device, const MatmulDescription& m, int most) {
     cublasLtMatmulPreference_t preference = nullptr;
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     const size_t workspace = MATMUL_WORKSPACE_BYTES;
     const uint32_t alignment = 16;  // of rows anywhere in a matrix
-    cublasLtMatmulHeuristicResult_t found{};
+    std::vector<FoundAlgorithm> found(static_cast<size_t>(most));
     int count = 0;
     cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
@@ -322,26 +328,40 @@ inline std::optional<cublasLtMatmulAlgo_t> find_algorithm(const Device& device, 
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
         set(operand, alignment);
     if (status == CUBLAS_STATUS_SUCCESS)
-        status =
-            cublasLtMatmulAlgoGetHeuristic(device.blas, m.product, m.a, m.b, m.d, m.d, preference, 1, &found, &count);
+        status = cublasLtMatmulAlgoGetHeuristic(device.blas, m.product, m.a, m.b, m.d, m.d, preference, most,
+                                                &found[0].result, &count);
     cublasLtMatmulPreferenceDestroy(preference);
-    if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) return std::nullopt;
-    CUBLAS_CHECK(status);
-    return found.algo;
+    if (status != CUBLAS_STATUS_NOT_SUPPORTED) CUBLAS_CHECK(status);
+    found.resize(size_t(count));
+    std::erase_if(found, [](const FoundAlgorithm& f) { return f.result.state != CUBLAS_STATUS_SUCCESS; });
+    return found;
 }
 
 // Whether cuBLASLt has run the product.
 template <class Out>
 bool try_multiply(const Device& device, const Product<Out>& p) {
     if (p.out.rows == 0 || p.out.cols == 0) return true;
+    // In its epilogues cuBLASLt may approximate tanh by an instruction that is good enough for bf16 alone.
+    if (std::is_same_v<floatX, float> && (p.gelu || p.gelu_input.data)) return false;
     const MatmulDescription m(p);
-    const auto [known, is_new] = device.algorithms->try_emplace(p.key());
-    if (is_new) known->second = find_algorithm(device, m);
-    if (!known->second) return false;
     const float one = 1, beta = p.accumulate;
-    CUBLAS_CHECK(cublasLtMatmul(
-        device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, p.out.data, m.d, p.out.data, m.d,
-        &*known->second, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES), MATMUL_WORKSPACE_BYTES, device.stream));
+    const auto run = [&](const cublasLtMatmulAlgo_t& algorithm) {
+        CUBLAS_CHECK(cublasLtMatmul(
+            device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, p.out.data, m.d, p.out.data, m.d,
+            &algorithm, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES), MATMUL_WORKSPACE_BYTES, device.stream));
+    };
+    const auto [known, is_new] = device.algorithms->try_emplace(p.key());
+    if (is_new) {
+        double least = std::numeric_limits<double>::infinity();
+        for (const FoundAlgorithm& f : find_algorithms(device, m, device.tune_products ? 8 : 1)) {
+            const cublasLtMatmulAlgo_t& algorithm = f.result.algo;
+            const double seconds =
+                device.tune_products ? best_seconds_on_gpu(device.stream, 3, [&] { run(algorithm); }) : 0;
+            if (seconds < least) least = seconds, known->second = algorithm;
+        }
+    }
+    if (!known->second) return false;
+    run(*known->second);
     return true;
 }
 
@@ -380,30 +400,54 @@ void multiply(const Device& device, Product<Out> p) {
                p.out, p.bias, p.gelu, p.pre_activation, p.gelu_input);
 }
 
-// Sums of the columns of dout, in at most 64 blocks of rows that depend on N alone, then over the blocks in order. A
-// warp has 256 columns of one block.
-constexpr int64_t column_sum_blocks = 64;
+// Sums of the columns of dout over blocks of rows: 2 bytes an element in bf16. A block of threads has 256 columns, a
+// lane 8 of them; its 8 warps take the rows in turns.
+constexpr int COLUMN_SUM_WARPS = 8;
 
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(COLUMN_SUM_WARPS* WARP)
     column_sums_kernel(float* partial /*[blocks, OC]*/, Matrix<const floatX> dout, int64_t height) {
-    const int64_t warp = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / WARP;
-    const int64_t col = (warp * WARP + threadIdx.x % WARP) * PACK;
-    if (col >= dout.cols) return;
+    constexpr int width = WARP * PACK, ahead = 4;  // rows that a warp fetches together
+    float* sums = shared_memory<float>();          // [warps, width]
+    const int warp = int(threadIdx.x) / WARP, first = int(threadIdx.x) % WARP * PACK;
+    const int64_t col = int64_t(blockIdx.x) * width;
     const int64_t begin = blockIdx.y * height, end = min(begin + height, dout.rows);
     Floats sum = {};
-    for (int64_t row = begin; row < end; row++) {
-        const Floats d = load(dout.row(row) + col);
+    const auto add = [&](const Floats& d) {
+#pragma unroll
         for (int k = 0; k < PACK; k++) sum[k] += d[k];
+    };
+    if (col + first < dout.cols) {
+        int64_t row = begin + warp;
+        for (; row + (ahead - 1) * COLUMN_SUM_WARPS < end; row += ahead * COLUMN_SUM_WARPS) {
+            Floats d[ahead];
+#pragma unroll
+            for (int j = 0; j < ahead; j++) d[j] = load(dout.row(row + j * COLUMN_SUM_WARPS) + col + first);
+#pragma unroll
+            for (int j = 0; j < ahead; j++) add(d[j]);
+        }
+        for (; row < end; row += COLUMN_SUM_WARPS) add(load(dout.row(row) + col + first));
     }
-    store(partial + blockIdx.y * dout.cols + col, sum);
+    store(sums + warp * width + first, sum);
+    __syncthreads();
+    const int own = int(threadIdx.x);
+    if (col + own >= dout.cols) return;
+    float total = 0;
+    for (int w = 0; w < COLUMN_SUM_WARPS; w++) total += sums[w * width + own];
+    partial[blockIdx.y * dout.cols + col + own] = total;
 }
-__global__ void __launch_bounds__(256)
-    add_partial_sums_kernel(float* sums /*[n] +=*/, const float* partial /*[blocks, n]*/, int64_t n, int64_t blocks) {
-    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    float sum = 0;
-    for (int64_t b = 0; b < blocks; b++) sum += partial[b * n + i];
-    sums[i] += sum;
+
+// sums += the sums of the columns of dout, in an order that its size alone decides: enough blocks to fill a GPU, as far
+// as the scratch memory has room for what they find.
+inline void add_column_sums(const Device& device, float* sums /*[OC] +=*/, Matrix<const floatX> dout /*[N,OC]*/) {
+    if (dout.rows == 0) return;
+    const int64_t OC = dout.cols, room = int64_t(MATMUL_WORKSPACE_BYTES / sizeof(float)) / OC;
+    const int64_t height = std::max<int64_t>(64, ceil_div(dout.rows, std::clamp<int64_t>(room, 1, 256)));
+    const int64_t blocks = ceil_div(dout.rows, height);
+    constexpr int threads = COLUMN_SUM_WARPS * WARP;
+    float* partial = device.scratch_as<float>(size_t(blocks * OC));  // the product before it is done with the scratch
+    launch(column_sums_kernel, dim3(unsigned(ceil_div(OC, WARP * PACK)), unsigned(blocks)), threads,
+           size_t(COLUMN_SUM_WARPS * WARP * PACK) * sizeof(float), device.stream, partial, dout, height);
+    add_row_sums(device, sums, nullptr, {partial, blocks, OC}, OC);
 }
 
 inline void matmul_forward(const Device& device, Matrix<floatX> out /*[N,OC]*/, Matrix<const floatX> in /*[N,IC]*/,
@@ -428,13 +472,6 @@ inline void matmul_backward_weight(const Device& device, Matrix<floatS> dweight 
                                    floatS* dbias /*[OC] or null*/, Matrix<const floatX> dout /*[N,OC]*/,
                                    Matrix<const floatX> in /*[N,IC]*/) {
     multiply<floatS>(device, {.out = dweight, .left = dout, .right = in, .left_transposed = true, .accumulate = true});
-    if (!dbias || dout.rows == 0) return;
-    const int64_t OC = dout.cols, height = std::max<int64_t>(64, ceil_div(dout.rows, column_sum_blocks));
-    const int64_t blocks = ceil_div(dout.rows, height);
-    float* partial = device.scratch_as<float>(size_t(blocks * OC));  // the product before it is done with the scratch
-    launch(column_sums_kernel, dim3(unsigned(ceil_div(OC, 256 * PACK)), unsigned(blocks)), 256, 0, device.stream,
-           partial, dout, height);
-    launch(add_partial_sums_kernel, dim3(unsigned(ceil_div(OC, 256))), 256, 0, device.stream, dbias, partial, OC,
-           blocks);
+    if (dbias) add_column_sums(device, dbias, dout);
 }
 #endif

@@ -149,31 +149,13 @@ inline double measure_matrix_peak(int threads) {
 #include "llmc/kernels/matmul.cuh"
 #include "llmc/kernels/random.h"
 
-// Seconds of one of several runs of work(), the fastest of three batches.
-template <class Work>
-double best_seconds_on_gpu(const Device& device, int runs, const Work& work) {
-    cudaEvent_t begin, end;
-    CUDA_CHECK(cudaEventCreate(&begin));
-    CUDA_CHECK(cudaEventCreate(&end));
-    double best = std::numeric_limits<double>::infinity();
-    work();
-    for (int batch = 0; batch < 3; batch++) {
-        CUDA_CHECK(cudaEventRecord(begin, device.stream));
-        for (int n = 0; n < runs; n++) work();
-        CUDA_CHECK(cudaEventRecord(end, device.stream));
-        CUDA_CHECK(cudaEventSynchronize(end));
-        float ms = 0;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-        best = std::min(best, 1e-3 * double(ms) / runs);
-    }
-    CUDA_CHECK(cudaEventDestroy(begin));
-    CUDA_CHECK(cudaEventDestroy(end));
-    return best;
-}
-
 // GFLOP/s of a large product of random numbers (zeros run faster, at a higher clock).
 inline double measure_matrix_peak(int threads) {
+#ifdef __CUDACC__
     constexpr int64_t n = 8192;
+#else
+    constexpr int64_t n = 64;  // played by the host (cuda_on_host), whose rate says nothing
+#endif
     OpenDevice opened(threads);
     const DeviceMemory<std::byte> scratch(int64_t(matmul_scratch_bytes(threads)));
     Device device = opened.device;
@@ -184,7 +166,7 @@ inline double measure_matrix_peak(int threads) {
     for (size_t i = 0; i < values.size(); i++) values[i] = floatX(float(uniform(1, 2, i)) - 0.5f);
     for (const DeviceMemory<floatX>* m : {&a, &b})
         for (int64_t row = 0; row < n; row += 64) upload(device, m->data() + row * n, values.data(), 64 * n);
-    return 2e-9 * double(n * n * n) / best_seconds_on_gpu(device, 10, [&] {
+    return 2e-9 * double(n * n * n) / best_seconds_on_gpu(device.stream, 10, [&] {
                matmul_forward(device, {c.data(), n, n}, {a.data(), n, n}, {b.data(), n, n}, nullptr);
            });
 }
@@ -194,7 +176,7 @@ inline double measure_bandwidth(int threads) {
     constexpr int64_t bytes = int64_t(1) << 30;
     OpenDevice opened(threads);
     const DeviceMemory<std::byte> from(bytes), to(bytes);
-    return 2e-9 * double(bytes) / best_seconds_on_gpu(opened.device, 10, [&] {
+    return 2e-9 * double(bytes) / best_seconds_on_gpu(opened.device.stream, 10, [&] {
                CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), size_t(bytes), cudaMemcpyDeviceToDevice,
                                           opened.device.stream));
            });

@@ -6,18 +6,30 @@
 #include <cstdint>
 #include <numbers>
 
+#include "llmc/common.h"
+
 // The finalizer of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64 bits in which each input bit flips every
 // output bit with probability close to 1/2.
-inline uint64_t mix_bits(uint64_t z) {
+HOST_DEVICE inline uint64_t mix_bits(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
 }
 
-// Each argument is mixed in turn; the odd constant keeps (0, 0, 0) away from the fixed point 0.
+// The numbers of one stream, by index. Seed and stream are mixed once, so that a number takes one mixing more. The odd
+// constant keeps (0, 0, 0) away from the fixed point 0.
+class CounterStream {
+public:
+    CounterStream(uint64_t seed, uint64_t stream) : start_(mix_bits(mix_bits(seed + golden_) ^ (stream + golden_))) {}
+    HOST_DEVICE uint64_t operator[](uint64_t index) const { return mix_bits(start_ + golden_ * (index + 1)); }
+
+private:
+    static constexpr uint64_t golden_ = 0x9e3779b97f4a7c15u;
+    uint64_t start_;
+};
+
 inline uint64_t hash_counter(uint64_t seed, uint64_t stream, uint64_t index) {
-    constexpr uint64_t golden = 0x9e3779b97f4a7c15u;
-    return mix_bits(mix_bits(mix_bits(seed + golden) ^ (stream + golden)) + golden * (index + 1));
+    return CounterStream(seed, stream)[index];
 }
 
 // Uniform in [0, 1): the upper 53 bits, all a double holds.

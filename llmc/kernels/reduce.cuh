@@ -105,6 +105,32 @@ void sum_on_device(const Device& device, double* total, const float* x /*[n]*/, 
     launch(total_kernel, dim3(1), REDUCE_THREADS, shared_bytes, device.stream, total, partial, blocks, add);
 }
 
+// Column sums whose rows other blocks have left in memory: first[0, split) and second[0, cols - split) += the sum of
+// the rows of `partial`, in an order that their number alone decides. A block has 16 columns, 16 neighbouring threads
+// every 64th row.
+constexpr int SUMMED_COLUMNS = 2 * PACK, ROW_SLICES = 64;
+
+__global__ void add_row_sums_kernel(float* first, float* second, Matrix<const float> partial, int64_t split) {
+    float* sums = shared_memory<float>();  // [ROW_SLICES, SUMMED_COLUMNS]
+    const int slice = int(threadIdx.x) / SUMMED_COLUMNS;
+    const int64_t column = int64_t(blockIdx.x) * SUMMED_COLUMNS + threadIdx.x % SUMMED_COLUMNS;
+    float sum = 0;
+    if (column < partial.cols)
+#pragma unroll 4
+        for (int64_t row = slice; row < partial.rows; row += ROW_SLICES) sum += partial.row(row)[column];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (slice > 0 || column >= partial.cols) return;
+    for (int s = 1; s < ROW_SLICES; s++) sum += sums[s * SUMMED_COLUMNS + int(threadIdx.x)];
+    *(column < split ? first + column : second + column - split) += sum;
+}
+inline void add_row_sums(const Device& device, float* first /*[split] +=*/, float* second /*[cols - split] +=*/,
+                         Matrix<const float> partial /*[rows, cols]*/, int64_t split) {
+    constexpr int threads = ROW_SLICES * SUMMED_COLUMNS;
+    launch(add_row_sums_kernel, dim3(unsigned(ceil_div(partial.cols, SUMMED_COLUMNS))), threads,
+           threads * sizeof(float), device.stream, first, second, partial, split);
+}
+
 // *total += the sum of x
 inline void add_sum(const Device& device, double* total /*device*/, const floatS* x /*[n]*/, int64_t n) {
     sum_on_device<false>(device, total, x, n, true);

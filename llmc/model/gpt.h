@@ -49,6 +49,9 @@ struct Parameter {
     bool copy = false;   // another rank has the original, which is saved and counts in the norm of the gradients
 
     int64_t size() const { return rows * cols; }
+    // What is subtracted from the weight where it is stored in bf16: 1 of LayerNorm's weights, as layernorm.cuh has
+    // it, 0 of all others.
+    floatS center() const { return mean * NORM_CENTER; }
 };
 
 inline void assign_offsets(std::vector<Parameter>& table) {

@@ -55,6 +55,7 @@ inline void choose_schedule(Config& c, Transport& processes) {
             "the arithmetic alone (no dev/clusters/this-cpu.toml for such ranks: train_gpt doctor --threads " +
             std::to_string(c.threads()) + " --calibrate writes it)";
         if (const std::optional<Cluster> known = cluster_of_this_run(c)) cluster = *known;
+        choose_device(c.launch.local_rank);
         const int64_t available = c.compute.memory ? c.compute.memory : available_on_device();
         cluster.memory = base.memory_limit ? 1e-9 * double(base.memory_limit) : INFINITY;
         const std::vector<ComparedPlan> plans = compare_plans(cluster, base, int(planned_chunks(c)), open);
@@ -68,7 +69,7 @@ inline void choose_schedule(Config& c, Transport& processes) {
             Config candidate = c;
             take(candidate, layouts[index]);
             if (chosen == 0 &&
-                host_bytes(memory_plans(rank_options(candidate, model_of(c), true)), c.launch) <= available)
+                device_bytes(memory_plans(rank_options(candidate, model_of(c), true)), c.launch) <= available)
                 chosen = double(index + 1);
             times += (times.empty() ? "" : ", ") + plan.name + format(" %.3f", plan.step_ms / plans[0].step_ms);
         }

@@ -70,7 +70,10 @@ public:
     // Called by the thread of the rank, whose GPU is current there.
     void attach(const Device& device) {
         compute_ = device.stream;
-        if (!stream_) CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+        if (stream_) return;
+        int lowest = 0, highest = 0;  // messages go before the blocks of kernels that have not begun
+        CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
+        CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest));
     }
     cudaStream_t stream() const { return stream_; }
 

@@ -12,21 +12,25 @@ inline std::vector<MemoryPlan> memory_plans(const RankOptions& options) {
     return plan_memory(options, ranks);
 }
 
-// Bytes on one machine: all thread ranks, or as many of the largest processes as it has.
-inline int64_t host_bytes(const std::vector<MemoryPlan>& plans, const Launch& launch) {
-    int64_t sum = 0, largest = 0;
-    for (const MemoryPlan& plan : plans) {
-        sum += plan.total();
-        largest = std::max(largest, plan.total());
+// Bytes on the device of a machine that has to hold the most: thread ranks, or as many of the largest processes as
+// share it.
+inline int64_t device_bytes(const std::vector<MemoryPlan>& plans, const Launch& launch) {
+    const int local = launch.ranks > 1 ? launch.local_ranks : int(plans.size()), devices = devices_of(local);
+    std::vector<int64_t> sums(static_cast<size_t>(devices));
+    int64_t largest = 0;
+    for (size_t rank = 0; rank < plans.size(); ++rank) {
+        sums[rank % size_t(devices)] += plans[rank].total();
+        largest = std::max(largest, plans[rank].total());
     }
-    return launch.ranks > 1 ? largest * launch.local_ranks : sum;
+    return launch.ranks > 1 ? largest * ceil_div(local, devices) : *std::max_element(sums.begin(), sums.end());
 }
 
 // Refuses what does not fit, `besides` bytes of another kind included. advice(bytes available) says what would fit.
 template <class Advice>
 void check_memory(const Config& c, const std::vector<MemoryPlan>& plans, int64_t besides, Advice advice) {
+    choose_device(c.launch.local_rank);
     const int64_t available = c.compute.memory ? c.compute.memory : available_on_device();
-    const int64_t wanted = host_bytes(plans, c.launch) + besides;
+    const int64_t wanted = device_bytes(plans, c.launch) + besides;
     if (wanted > available)
         throw Failure(EXIT_MEMORY, "the plan takes " + bytes_text(wanted) + ", " + bytes_text(available) +
                                        " are available; " + advice(available));
@@ -36,9 +40,10 @@ void check_memory(const Config& c, const std::vector<MemoryPlan>& plans, int64_t
 inline std::string fitting_layout(const Config& c, const std::vector<MemoryPlan>& plans, int64_t available) {
     std::vector<MemoryPlan> fixed_parts;
     for (const MemoryPlan& p : plans) fixed_parts.push_back({p.weights, p.master, p.gradients, p.moments});
-    const int64_t fixed = host_bytes(fixed_parts, c.launch);
+    const int64_t fixed = device_bytes(fixed_parts, c.launch);
     if (fixed >= available)
-        return "weights, gradients and moments alone take " + bytes_text(fixed) + ": choose a smaller model";
+        return "weights, gradients and moments alone take " + bytes_text(fixed) + ": choose a smaller model" +
+               (plans[0].master ? " or --no-master" : "");
     const int64_t least_chunk = std::min<int64_t>(128, c.data.chunk_tokens);
     for (int64_t chunk = c.data.chunk_tokens; chunk >= least_chunk; chunk /= 2)
         for (const Recompute mode : recompute_modes) {
@@ -48,7 +53,7 @@ inline std::string fitting_layout(const Config& c, const std::vector<MemoryPlan>
             smaller.data.chunk_tokens = chunk;
             smaller.compute.head_chunk = std::min<int64_t>(chunk, 128);
             if (config_violations(smaller).empty() &&
-                host_bytes(memory_plans(rank_options(smaller, model_of(smaller), true)), c.launch) <= available)
+                device_bytes(memory_plans(rank_options(smaller, model_of(smaller), true)), c.launch) <= available)
                 return "--recompute " + std::string(recompute) + " --chunk-tokens " + std::to_string(chunk) +
                        " --head-chunk " + std::to_string(smaller.compute.head_chunk) + " fits";
         }

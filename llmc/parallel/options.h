@@ -64,6 +64,7 @@ inline RankOptions rank_options(const Config& c, const GptConfig& model, bool tr
         c.launch.ranks > 1 ? c.launch.local_rank : rank};
     const int64_t sharers = c.launch.ranks > 1 ? c.launch.local_ranks : parallel.ranks;
     options.memory_limit = c.compute.memory / sharers;
+    options.no_master = c.compute.no_master;
 #ifdef USE_CUDA
     options.deterministic = c.compute.deterministic;
     options.attention_workspace = c.compute.attention_workspace;

@@ -47,7 +47,11 @@ struct Report {
 
 class Progress {
 public:
+#ifdef USE_CUDA  // where the host is behind a full queue of the GPU's work when it comes to an op
+    std::atomic<double> least_limit = 120;  // seconds
+#else
     std::atomic<double> least_limit = 10;  // seconds; more where ops are known to be slow
+#endif
 
     // `peer`: to whom the rank sends next, -1 if to nobody. `work` of an attention: FLOPs, in any unit, of which ops of
     // chunks that hold other documents have more or fewer; 0 if not known.

@@ -51,10 +51,11 @@ struct RankOptions {
     int local_rank = 0;         // among those of its host, which share its GPUs
     int64_t memory_limit = 0;   // bytes of the rank, for recompute `automatic`
     bool output_again = false;  // helix: attention outputs come again, not D, as they do where cuDNN attends
+    bool no_master = false;     // no weights in floatS beside those in floatX: the optimizer rounds stochastically
 #ifdef USE_CUDA
     bool cudnn = true;           // where the program has it
     bool deterministic = false;  // the same bits every time; cuDNN's backward pass wants memory for that,
-    int64_t attention_workspace = int64_t(1) << 30;  // and gets so many bytes: beyond them, our own kernels run
+    int64_t attention_workspace = int64_t(4) << 30;  // and gets so many bytes: beyond them, our own kernels run
 #endif
 
     ScheduleInput schedule_input(int chunks, bool training, bool sliced) const {
@@ -145,6 +146,15 @@ inline std::string why_not_cudnn([[maybe_unused]] const RankOptions& o) {
 #endif
 }
 
+// Whether a step gives the same bits every time. cuDNN's backward pass adds in the order in which its blocks end.
+inline bool repeats_bits([[maybe_unused]] const RankOptions& o) {
+#ifdef USE_CUDNN
+    return o.deterministic || !why_not_cudnn(o).empty();
+#else
+    return true;
+#endif
+}
+
 inline TensorRules RankOptions::tensor_rules(bool training) const {
     TensorRules rules{int(model.layers), training, recompute};
     if (recompute == Recompute::automatic) rules.recompute = Recompute::without_attention;
@@ -198,7 +208,12 @@ inline OpLists lists_of(const RankOptions& o, const std::vector<ChunkShape>& sha
     }
     if (o.layout.deferred > 0 && training && o.layout.ranks > 1) lists = with_deferred_weights(o, shapes, lists, in);
     if (o.row_pieces() > 1) lists = cut_into_row_pieces(lists, in, o.row_pieces());
-    if (const std::vector<std::string> problems = check_lists(lists, in); !problems.empty())
+#ifdef USE_CUDA  // NCCL's groups arrive as a whole
+    constexpr Waiting waiting = Waiting::batch;
+#else
+    constexpr Waiting waiting = Waiting::message;
+#endif
+    if (const std::vector<std::string> problems = check_lists(lists, in, waiting); !problems.empty())
         throw std::logic_error("the schedule " + o.layout.schedule + " is wrong: " + problems[0]);
     return lists;
 }
@@ -209,7 +224,8 @@ inline MemoryPlan memory_besides_activations(const RankOptions& o) {
     MemoryPlan plan;
     plan.weights = round_up(parameters * int64_t(sizeof(floatX)), 4096);
     if (o.training) {
-        if (!std::is_same_v<floatX, floatS>) plan.master = round_up(parameters * int64_t(sizeof(floatS)), 4096);
+        if (!std::is_same_v<floatX, floatS> && !o.no_master)
+            plan.master = round_up(parameters * int64_t(sizeof(floatS)), 4096);
         plan.gradients = round_up(parameters * int64_t(sizeof(floatS)), 4096);
         plan.moments = 2 * plan.gradients;
     }
@@ -297,7 +313,7 @@ struct Rank : OpLoop {
     Device device;  // with this rank's scratch
 
     floatX* weights = nullptr;    // flat buffers, in the order of `parameters`
-    floatS* master = nullptr;     // equals weights when floatX is floatS; null without training
+    floatS* master = nullptr;     // equals weights when floatX is floatS; null without training and with no_master
     floatS* gradients = nullptr;  // null without training, like the moments
     floatS *m = nullptr, *v = nullptr;
     ModelTensors<floatX> w;
@@ -327,7 +343,8 @@ struct Rank : OpLoop {
         weights = reinterpret_cast<floatX*>(take(memory.weights));
         w = bind_tensors(weights, parameters, o.model);
         if (o.training) {
-            master = reinterpret_cast<floatS*>(memory.master ? take(memory.master) : base);
+            if (std::is_same_v<floatX, floatS>) master = reinterpret_cast<floatS*>(base);
+            else if (memory.master) master = reinterpret_cast<floatS*>(take(memory.master));
             gradients = reinterpret_cast<floatS*>(take(memory.gradients));
             m = reinterpret_cast<floatS*>(take(memory.moments / 2));
             v = reinterpret_cast<floatS*>(take(memory.moments / 2));
@@ -358,6 +375,11 @@ struct Rank : OpLoop {
     }
     Rank(const Rank&) = delete;
     Rank& operator=(const Rank&) = delete;
+
+    // Where the weights stand in floatS for checkpoints and comparisons. With no_master it is the place of the
+    // gradients, and they only pass through it, between steps, when nobody needs those (widen_weights and round_weights
+    // of train_gpt.cu).
+    floatS* full_weights() const { return master ? master : gradients; }
 
     // Plans are made once for each pattern of chunks. Between steps the activations hold nothing: a pattern that leaves
     // larger gaps in the arena than those planned for gets a larger one.

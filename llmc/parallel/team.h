@@ -5,6 +5,7 @@
 #include <chrono>
 #include <exception>
 #include <optional>
+#include <set>
 #include <thread>
 
 #include "llmc/parallel/launch.h"
@@ -129,15 +130,27 @@ private:
 
     std::unique_ptr<Watchdog> watchdog_;
 
-    // Whether tensors go by NCCL, which wants a GPU of its own for each rank.
+    // Whether tensors go by NCCL, which wants a GPU of its own for each rank: whether those that ranks take have names
+    // of their own. (A launcher may show each process only its own GPU.)
     bool gpu_for_each_rank([[maybe_unused]] int ranks) {
-        double with_enough = 0;  // processes
 #ifdef USE_NCCL
-        int gpus = 0;
-        with_enough = cudaGetDeviceCount(&gpus) == cudaSuccess && gpus >= local_ranks(ranks);
-        transport_->sum({&with_enough, 1});
+        std::string own;  // names of 16 bytes
+        for (int rank = 0; rank < (launch.ranks > 1 ? 1 : ranks); ++rank) {
+            cudaDeviceProp properties{};
+            int gpu = 0;
+            choose_device(launch.local_rank + rank);
+            CUDA_CHECK(cudaGetDevice(&gpu));
+            CUDA_CHECK(cudaGetDeviceProperties(&properties, gpu));
+            own.append(properties.uuid.bytes, sizeof properties.uuid.bytes);
+        }
+        choose_device(launch.local_rank);
+        std::set<std::string> names;
+        for (const std::string& list : transport_->all_gather(own))
+            for (size_t i = 0; i < list.size(); i += 16) names.insert(list.substr(i, 16));
+        return int(names.size()) == ranks;
+#else
+        return false;
 #endif
-        return with_enough == transport_->ranks;
     }
     static std::unique_ptr<Transport> nccl_transport([[maybe_unused]] Transport& control) {
 #ifdef USE_NCCL

@@ -54,6 +54,7 @@ class StepInputs {
 public:
     std::vector<ChunkInputs> chunks;
 
+    // Once the device is done with the step before. It does not wait for the copy.
     void load(const Device& device, const Step& step) {
         chunks.clear();
 #ifdef USE_CUDA
@@ -78,8 +79,13 @@ public:
             if (device.cudnn) offsets.back()[6] = append(cudnn_chunks_[c].table);
 #endif
         }
-        if (int64_t(packed.size()) > memory_.size()) memory_ = DeviceMemory<std::byte>(int64_t(packed.size()));
-        upload(device, memory_.data(), packed.data(), int64_t(packed.size()));
+        if (const int64_t bytes = int64_t(packed.size()); bytes > memory_.size()) {
+            memory_ = DeviceMemory<std::byte>(bytes + bytes / 4);  // documents differ from step to step
+            pinned_ = PinnedMemory(memory_.size());
+        }
+        std::memcpy(pinned_.data(), packed.data(), packed.size());
+        CUDA_CHECK(
+            cudaMemcpyAsync(memory_.data(), pinned_.data(), packed.size(), cudaMemcpyHostToDevice, device.stream));
         for (size_t c = 0; c < step.chunks.size(); ++c) {
             const auto ints = [&](int i) { return reinterpret_cast<const int32_t*>(memory_.data() + offsets[c][i]); };
             chunks.push_back(
@@ -109,6 +115,7 @@ public:
 private:
 #ifdef USE_CUDA
     DeviceMemory<std::byte> memory_;
+    PinnedMemory pinned_;  // what is on its way there
 #endif
 #ifdef USE_CUDNN
     std::vector<CudnnChunk> cudnn_chunks_;

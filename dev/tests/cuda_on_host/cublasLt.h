@@ -131,8 +131,9 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     if (wanted < 1) return CUBLAS_STATUS_INVALID_VALUE;
     if (epilogues && std::string(epilogues) == "no" && desc->epilogue != CUBLASLT_EPILOGUE_DEFAULT)
         return CUBLAS_STATUS_NOT_SUPPORTED;
-    results[0] = {};
-    *count = 1;
+    // Up to three algorithms, which differ in nothing; the second one says that it cannot.
+    for (; *count < std::min(wanted, 3); ++*count)
+        results[*count] = {{}, 0, *count == 1 ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS};
     return CUBLAS_STATUS_SUCCESS;
 }
 

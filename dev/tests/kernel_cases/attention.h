@@ -21,7 +21,8 @@ struct AttentionShape {
     }
 };
 
-inline void attention_case(Cases& cases, const AttentionShape& shape) {
+// By our kernels or, with device.cudnn, by cuDNN; recorded as outputs of `name`.
+inline void attention_case(Cases& cases, const AttentionShape& shape, const std::string& name = "attention") {
     const Device& device = cases.device;
     const int64_t C = shape.heads * shape.head_size;
     const bool sliced = shape.context >= 0;
@@ -49,12 +50,25 @@ inline void attention_case(Cases& cases, const AttentionShape& shape) {
     const DeviceArray<floatX> d_out(device, normal_values(4, N * C)), out(device, N * C), d_qkv(device, d_qkv_before);
     const DeviceArray<floatS> lse(device, N * shape.heads), d_store(device, d_store_before);
 #ifdef USE_CUDA
-    cases.give_scratch(attention_scratch_bytes(1, shape.head_size, shape.heads, N));
+    size_t scratch = attention_scratch_bytes(1, shape.head_size, shape.heads, N);
+#ifdef USE_CUDNN
+    if (device.cudnn)
+        scratch =
+            size_t(round_up(cudnn_workspace_bytes(device.cudnn->shape), 256)) + size_t(T * 2 * C) * sizeof(floatX);
+#endif
+    cases.give_scratch(scratch);
     const std::vector<AttentionTile> host_tiles = attention_tiles(rows);
     AttentionTile* tiles =
         reinterpret_cast<AttentionTile*>(allocate_on_device(int64_t(host_tiles.size() * sizeof(AttentionTile))));
     upload(device, tiles, host_tiles.data(), int64_t(host_tiles.size()));
-    const Segments segments(rows, tiles);
+    Segments segments(rows, tiles);
+#ifdef USE_CUDNN
+    const CudnnChunk chunk =
+        device.cudnn ? cudnn_chunk(device.cudnn->shape, std::span<const SegmentRows>(rows)) : CudnnChunk();
+    const DeviceMemory<int64_t> table(int64_t(chunk.table.size()));
+    upload(device, table.data(), chunk.table.data(), table.size());
+    segments.cudnn_chunk = &chunk, segments.cudnn_table = table.data();
+#endif
 #else
     cases.give_scratch(attention_scratch_bytes(device.threads, shape.head_size, shape.heads, N));
     const Segments segments(rows);
@@ -63,20 +77,21 @@ inline void attention_case(Cases& cases, const AttentionShape& shape) {
                       store.matrix(T, 2 * C), segments, shape.heads);
     attention_backward(device, d_qkv.matrix(N, 3 * C), d_store.matrix(T, 2 * C), d_out.matrix(N, C), out.matrix(N, C),
                        lse.matrix(N, shape.heads), qkv.matrix(N, 3 * C), store.matrix(T, 2 * C), segments, shape.heads);
-    const DeviceArray<floatS> delta(device, N * shape.heads), d_store_of_delta(device, d_store_before);
-    const DeviceArray<floatX> d_qkv_of_delta(device, d_qkv_before);
-    attention_delta(device, delta.matrix(N, shape.heads), d_out.matrix(N, C), out.matrix(N, C));
-    attention_backward(device, d_qkv_of_delta.matrix(N, 3 * C), d_store_of_delta.matrix(T, 2 * C), d_out.matrix(N, C),
-                       {}, lse.matrix(N, shape.heads), qkv.matrix(N, 3 * C), store.matrix(T, 2 * C), segments,
-                       shape.heads, delta.matrix(N, shape.heads));
-
-    cases.record("attention out", shape.name(), out.values());
-    cases.record("attention lse", shape.name(), lse.values(), {1e-5, 1e-4});
-    cases.record("attention d_qkv", shape.name(), d_qkv.values(), ATTENTION_GRADIENT);
-    cases.record("attention d_qkv from D", shape.name(), d_qkv_of_delta.values(), ATTENTION_GRADIENT);
+    cases.record(name + " out", shape.name(), out.values());
+    cases.record(name + " lse", shape.name(), lse.values(), {1e-5, 1e-4});
+    cases.record(name + " d_qkv", shape.name(), d_qkv.values(), ATTENTION_GRADIENT);
     std::vector<double> added = d_store.values();
     for (size_t i = 0; i < added.size(); i++) added[i] -= d_store_before[i];
-    if (sliced) cases.record("attention d_store", shape.name(), std::move(added), ATTENTION_GRADIENT);
+    if (sliced) cases.record(name + " d_store", shape.name(), std::move(added), ATTENTION_GRADIENT);
+    if (name == "attention") {  // cuDNN takes `out` instead of D
+        const DeviceArray<floatS> delta(device, N * shape.heads), d_store_of_delta(device, d_store_before);
+        const DeviceArray<floatX> d_qkv_of_delta(device, d_qkv_before);
+        attention_delta(device, delta.matrix(N, shape.heads), d_out.matrix(N, C), out.matrix(N, C));
+        attention_backward(device, d_qkv_of_delta.matrix(N, 3 * C), d_store_of_delta.matrix(T, 2 * C),
+                           d_out.matrix(N, C), {}, lse.matrix(N, shape.heads), qkv.matrix(N, 3 * C),
+                           store.matrix(T, 2 * C), segments, shape.heads, delta.matrix(N, shape.heads));
+        cases.record(name + " d_qkv from D", shape.name(), d_qkv_of_delta.values(), ATTENTION_GRADIENT);
+    }
 #ifdef USE_CUDA
     free_on_device(reinterpret_cast<std::byte*>(tiles), int64_t(host_tiles.size() * sizeof(AttentionTile)));
 #endif

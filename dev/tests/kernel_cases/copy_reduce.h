@@ -89,6 +89,27 @@ inline void reduce_cases(Cases& cases) {
     };
     find("floatS", floatS());
     find("floatX", floatX());
+
+    // Only GPUs leave partial sums to a second kernel.
+    for (const int64_t rows : {1, 2, 63, 64, 65, 257, 300})
+        for (const int64_t cols : {8, 24, 40}) {
+            const int64_t split = cols / 16 * 8;
+            const std::vector<float> values = normal_values(5, rows * cols), before = normal_values(6, cols);
+            const DeviceArray<float> partial(device, values);
+            const DeviceArray<float> first(device, std::vector<float>(before.begin(), before.begin() + split));
+            const DeviceArray<float> second(device, std::vector<float>(before.begin() + split, before.end()));
+#ifdef USE_CUDA
+            add_row_sums(device, first, second, partial.matrix(rows, cols), split);
+#else
+            for (int64_t i = 0; i < rows * cols; i++)
+                (i % cols < split ? first.data() + i % cols : second.data() + i % cols - split)[0] += values[i];
+#endif
+            std::vector<double> sums = first.values();
+            const std::vector<double> rest = second.values();
+            sums.insert(sums.end(), rest.begin(), rest.end());
+            cases.record("add_row_sums", "rows=" + std::to_string(rows) + " cols=" + std::to_string(cols), sums,
+                         {1e-6, 1e-6});
+        }
 }
 
 inline void copy_reduce_cases(Cases& cases) {

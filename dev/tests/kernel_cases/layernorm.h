@@ -23,7 +23,9 @@ inline void layernorm_case(Cases& cases, const LayerNormShape& s) {
                               " mean=" + std::to_string(int(s.mean));
     const Bounds fp32{1e-5, 1e-5};  // of results in fp32 that depend on exact inputs
 
-    const DeviceArray<floatX> weight(device, normal_values(1, C)), bias(device, normal_values(2, C));
+    std::vector<float> weights = normal_values(1, C);  // less 1
+    for (float& w : weights) w += 1 - float(NORM_CENTER);
+    const DeviceArray<floatX> weight(device, weights), bias(device, normal_values(2, C));
     const std::vector<float> b_values = normal_values(3, n, 0.5f);
     const DeviceArray<floatX> b(device, b_values), dout(device, normal_values(4, n));
     const std::vector<float> a_values = normal_values(5, n, 1, s.mean), before = normal_values(6, n);

@@ -11,6 +11,7 @@
 #define cudaEvent_t cudaEventAtOnce_t
 #define cudaMemcpyAsync cudaMemcpyAtOnce
 #define cudaStreamCreateWithFlags cudaStreamCreateWithFlagsAtOnce
+#define cudaStreamCreateWithPriority cudaStreamCreateWithPriorityAtOnce
 #define cudaStreamDestroy cudaStreamDestroyAtOnce
 #define cudaStreamSynchronize cudaStreamSynchronizeAtOnce
 #define cudaStreamWaitEvent cudaStreamWaitEventAtOnce
@@ -26,6 +27,7 @@
 #undef cudaEvent_t
 #undef cudaMemcpyAsync
 #undef cudaStreamCreateWithFlags
+#undef cudaStreamCreateWithPriority
 #undef cudaStreamDestroy
 #undef cudaStreamSynchronize
 #undef cudaStreamWaitEvent
@@ -111,6 +113,9 @@ using cudaEvent_t = HostEvent*;
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
     return *stream = new HostStream, cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+    return cudaStreamCreateWithFlags(stream, flags);
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return stream->finish(), cudaSuccess; }
