@@ -16,10 +16,13 @@
 #define cudaStreamSynchronize cudaStreamSynchronizeAtOnce
 #define cudaStreamWaitEvent cudaStreamWaitEventAtOnce
 #define cudaLaunchHostFunc cudaLaunchHostFuncAtOnce
+#define cudaEventCreate cudaEventCreateAtOnce
 #define cudaEventCreateWithFlags cudaEventCreateWithFlagsAtOnce
 #define cudaEventDestroy cudaEventDestroyAtOnce
 #define cudaEventRecord cudaEventRecordAtOnce
 #define cudaEventQuery cudaEventQueryAtOnce
+#define cudaEventSynchronize cudaEventSynchronizeAtOnce
+#define cudaEventElapsedTime cudaEventElapsedTimeAtOnce
 #include_next <cuda_runtime.h>
 #undef HostStream
 #undef HostEvent
@@ -32,10 +35,13 @@
 #undef cudaStreamSynchronize
 #undef cudaStreamWaitEvent
 #undef cudaLaunchHostFunc
+#undef cudaEventCreate
 #undef cudaEventCreateWithFlags
 #undef cudaEventDestroy
 #undef cudaEventRecord
 #undef cudaEventQuery
+#undef cudaEventSynchronize
+#undef cudaEventElapsedTime
 
 #include <atomic>
 #include <chrono>
@@ -105,6 +111,12 @@ struct HostEvent {
         std::mutex mutex;
         std::condition_variable changed;
         bool reached = false;
+        std::chrono::steady_clock::time_point time;  // when it was
+
+        void wait() {
+            std::unique_lock lock(mutex);
+            changed.wait(lock, [&] { return reached; });
+        }
     };
     std::shared_ptr<Record> last;
 };
@@ -134,12 +146,14 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
     return *event = new HostEvent, cudaSuccess;
 }
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     event->last = std::make_shared<HostEvent::Record>();
     stream->tell([record = event->last] {
         const std::lock_guard lock(record->mutex);
         record->reached = true;
+        record->time = std::chrono::steady_clock::now();
         record->changed.notify_all();
     });
     return cudaSuccess;
@@ -147,16 +161,23 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 // CUDA takes an event that was never recorded for one that is reached; no caller here means that.
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
     if (!event->last) return cudaErrorInvalidValue;
-    stream->tell([record = event->last] {
-        std::unique_lock lock(record->mutex);
-        record->changed.wait(lock, [&] { return record->reached; });
-    });
+    stream->tell([record = event->last] { record->wait(); });
     return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    if (!event->last) return cudaErrorInvalidValue;
+    return event->last->wait(), cudaSuccess;
 }
 inline cudaError_t cudaEventQuery(cudaEvent_t event) {
     if (!event->last) return cudaErrorInvalidValue;
     const std::lock_guard lock(event->last->mutex);
     return event->last->reached ? cudaSuccess : cudaErrorNotReady;
+}
+
+inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
+    if (cudaEventQuery(begin) != cudaSuccess || cudaEventQuery(end) != cudaSuccess) return cudaErrorNotReady;
+    *ms = std::chrono::duration<float, std::milli>(end->last->time - begin->last->time).count();
+    return cudaSuccess;
 }
 
 // A kernel: runs when its stream comes to it.
