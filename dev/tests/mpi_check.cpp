@@ -75,9 +75,7 @@ static void exchange(const Device& device, Transport& transport, Memory& memory)
         for (size_t n = 0; n < receives.size(); ++n)
             copy(device, in[of_round + n].data(), receives[n].data, receives[n].bytes, Way::to_host);
     }
-#ifdef USE_CUDA
-    CUDA_CHECK(cudaStreamSynchronize(device.stream));
-#endif
+    finish(device);
     for (int round = 0; round < rounds; ++round)
         for (size_t n = 0; n < receives.size(); ++n)
             expect(in[size_t(round) * receives.size() + n] == bytes_of(receives[n].peer, rank, n, round),

@@ -383,6 +383,7 @@ TEST_F(GpuTransportDeathTest, TheWatchdogEndsARunInWhichNcclHangs) {
         ThreadTeam team(2);
         ThreadTransport first(team, 0, 2), second(team, 1, 2);
         NcclTransport transports[] = {NcclTransport(first), NcclTransport(second)};
+        for (NcclTransport& transport : transports) transport.progress.least_limit = 1;
         const Watchdog watchdog({&transports[0].progress, &transports[1].progress}, 0.3);
         const auto run = [](NcclTransport& transport) {
             Worker worker(transport);
