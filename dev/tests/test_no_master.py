@@ -2,14 +2,18 @@
 import filecmp
 import json
 import re
-import struct
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import program
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "dev" / "reference"))
+from tensor_file import read_tensors  # noqa: E402
+
 MODEL = "--model tiny --layers 4 --channels 32 --heads 2 --context 32 --packing contiguous --batch-tokens 256".split()
 PARAMETERS = 63104  # with the padding of the vocabulary, and of every tensor to a multiple of 64
 
@@ -28,14 +32,13 @@ def last_loss(run_dir):
 
 
 def stored_weights(run_dir, step):
-    """The bits of all weights in a checkpoint, which are fp32."""
-    bits = []
+    """The bits of all weights in a checkpoint, which are fp32; of LayerNorm's weights, those of what is kept: less 1."""
+    kept = []
     for path in (run_dir / f"checkpoints/step-{step:08d}").glob("model*.safetensors"):
-        content = path.read_bytes()
-        begin = 8 + struct.unpack("<Q", content[:8])[0]
-        bits += memoryview(content[begin:]).cast("I")
-    assert bits
-    return bits
+        for name, values in read_tensors(path).items():
+            assert values.dtype == np.float32
+            kept.append((values - (1 if re.search(r"ln_\w+\.weight$", name) else 0)).astype(np.float32).ravel())
+    return np.concatenate(kept).view(np.uint32)
 
 
 def same_checkpoints(one, other, step):
@@ -73,7 +76,7 @@ def test_stopping_and_resuming_changes_no_bit(data, tmp_path, layout):
     train(data, two, *common, "--stop-after", 13)
     train(data, two, *common, "--resume")
     assert same_checkpoints(one, two, 30)
-    assert all(bits & 0xffff == 0 for bits in stored_weights(one, 30))  # numbers of bf16
+    assert np.all(stored_weights(one, 30) & 0xffff == 0)  # numbers of bf16
 
 
 def test_checkpoints_serve_runs_with_and_without_master_weights(data, tmp_path):
@@ -83,11 +86,11 @@ def test_checkpoints_serve_runs_with_and_without_master_weights(data, tmp_path):
     for first, then in ([], ["--no-master"]), (["--no-master"], []):
         directory = tmp_path / f"run{len(first)}"
         train(data, directory, "--steps", 8, "--stop-after", 4, *first)
-        halves = any(bits & 0xffff for bits in stored_weights(directory, 4))
+        halves = np.any(stored_weights(directory, 4) & 0xffff)
         assert halves == (not first)
         done = train(data, directory, "--steps", 8, "--resume", *then)
         assert f"no-master has changed from {str(bool(first)).lower()} to {str(bool(then)).lower()}" in done.stderr
-        assert any(bits & 0xffff for bits in stored_weights(directory, 8)) == (not then)
+        assert np.any(stored_weights(directory, 8) & 0xffff) == (not then)
         losses[len(first)] = [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()[1:]]
         straight = tmp_path / f"straight{len(first)}"
         train(data, straight, "--steps", 8, *first)
