@@ -14,7 +14,6 @@
 #include <cstdio>
 #include <functional>
 #include <map>
-#include <numeric>
 #include <set>
 
 #include "llmc/kernels/adamw.cuh"
@@ -22,7 +21,7 @@
 #include "llmc/model/blocks.cuh"
 #include "llmc/model/presets.h"
 #ifndef USE_CUDNN
-struct CudnnAttention {};
+class CudnnAttention {};  // of which there is none in such a build
 #endif
 
 struct Case {
