@@ -1,6 +1,6 @@
 // Memory-bound kernels in GB/s beside the STREAM triad a[i] = b[i] + s c[i], measured over as many bytes, alternately
 // with the kernel. Bytes are those a program names: a written line's first fetch is not counted, in either.
-// residual_forward and copy_rows have next to no arithmetic: they show what such a mix of reads and writes can reach.
+// copy_rows has next to no arithmetic: it shows what such a mix of reads and writes can reach.
 //
 //   build/bench/elementwise [--json] [--threads 2]
 #include <omp.h>
@@ -79,10 +79,6 @@ int main(int argc, char** argv) {
     std::vector<Case> cases = {
         {"layernorm_forward", N * C * (R + X),
          [&] { layernorm_forward(device, om, mean.data(), rstd.data(), am, weight.data(), bias.data()); }},
-        {"residual_layernorm_forward", N * C * (2 * R + 2 * X),
-         [&] {
-             residual_layernorm_forward(device, rm, om, mean.data(), rstd.data(), am, bm, weight.data(), bias.data());
-         }},
         {"layernorm_backward", N * C * (3 * R + X),
          [&] {
              layernorm_backward(device, rm, dweight.data(), dbias.data(), bm, am, mean.data(), rstd.data(),
@@ -95,7 +91,6 @@ int main(int argc, char** argv) {
         {"adamw", parameters * (7 * S + (one_copy ? 0 : X)), [&] { adamw(master.data()); }},
         {"sum_of_squares", parameters * S, [&] { sink = sum_of_squares(device, gradients.data(), parameters); }},
         {"first_nonfinite", parameters * S, [&] { sink = first_nonfinite(device, gradients.data(), parameters); }},
-        {"residual_forward", N * C * (2 * R + X), [&] { residual_forward(device, rm, am, bm); }},
         {"copy_rows to floatX", N * C * (R + X), [&] { copy_rows(device, om, am); }},
         {"encoder_forward", N * C * (R + 2 * X),
          [&] {

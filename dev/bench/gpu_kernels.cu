@@ -206,41 +206,48 @@ private:
         return seconds[1];
     }
 
+    // What a linear layer has beside its products. `out` and the projection of the attention join the residual stream.
+    struct Fused {
+        bool bias = true, gelu_after = false, gelu_before = false, residual = false;
+    };
+
     // The three products of a linear layer on N rows. Returns the seconds of the three products alone.
-    double linear_layer(const std::string& name, int64_t N, int64_t OC, int64_t IC, bool with_bias, bool gelu_after,
-                        bool gelu_before) {
+    double linear_layer(const std::string& name, int64_t N, int64_t OC, int64_t IC, const Fused& fused) {
         const RandomMatrix<floatX> in(device_, N, IC), weight(device_, OC, IC), bias(device_, 1, OC);
-        const RandomMatrix<floatX> out(device_, N, OC), kept(device_, N, gelu_after ? OC : gelu_before ? IC : 1);
+        const RandomMatrix<floatX> out(device_, N, OC);
+        const RandomMatrix<floatX> kept(device_, N, fused.gelu_after ? OC : fused.gelu_before ? IC : 1);
+        const RandomMatrix<floatR> residual(device_, fused.residual ? N : 1, OC);
         const RandomMatrix<floatX> plain_weight(device_, OC, IC);
         const RandomMatrix<floatS> d_weight(device_, OC, IC), d_bias(device_, 1, OC);
         double seconds =
             product(name + " forward", {.out = out, .left = in, .right = weight, .right_transposed = true}, [&] {
-                matmul_forward(device_, out, in, weight, with_bias ? bias.data() : nullptr,
-                               gelu_after ? Activation::gelu : Activation::none,
-                               gelu_after ? kept.matrix() : Matrix<floatX>());
+                if (fused.residual) return matmul_residual_forward(device_, out, residual, in, weight, bias.data());
+                matmul_forward(device_, out, in, weight, fused.bias ? bias.data() : nullptr,
+                               fused.gelu_after ? Activation::gelu : Activation::none,
+                               fused.gelu_after ? kept.matrix() : Matrix<floatX>());
             });
         seconds += product(name + " backward, input", {.out = in, .left = out, .right = weight}, [&] {
-            matmul_backward_input(device_, in, out, weight, gelu_before ? kept.matrix() : Matrix<floatX>());
+            matmul_backward_input(device_, in, out, weight, fused.gelu_before ? kept.matrix() : Matrix<floatX>());
         });
         seconds += product(
             name + " backward, weight", {.out = plain_weight, .left = out, .right = in, .left_transposed = true},
-            [&] { matmul_backward_weight(device_, d_weight, with_bias ? d_bias.data() : nullptr, out, in); });
+            [&] { matmul_backward_weight(device_, d_weight, fused.bias ? d_bias.data() : nullptr, out, in); });
         return seconds;
     }
 
     void products() {
         const int64_t N = c_.tokens(), C = c_.model.channels;
-        double seconds = linear_layer("qkv", N, 3 * C, C, true, false, false);
-        seconds += linear_layer("proj", N, C, C, true, false, false);
-        seconds += linear_layer("fc", N, 4 * C, C, true, true, false);
-        seconds += linear_layer("out", N, C, 4 * C, true, false, true);
+        double seconds = linear_layer("qkv", N, 3 * C, C, {});
+        seconds += linear_layer("proj", N, C, C, {.residual = true});
+        seconds += linear_layer("fc", N, 4 * C, C, {.gelu_after = true});
+        seconds += linear_layer("out", N, C, 4 * C, {.gelu_before = true, .residual = true});
         products_seconds_ = double(c_.model.layers) * seconds;
     }
 
     void head() {
         const int64_t n = c_.head_chunk, C = c_.model.channels, Vp = c_.model.padded_vocab;
         const double rounds = double(c_.tokens()) / double(n);
-        products_seconds_ += rounds * linear_layer("head", n, Vp, C, false, false, false);
+        products_seconds_ += rounds * linear_layer("head", n, Vp, C, {.bias = false});
         const RandomMatrix<floatX> in(device_, n, C), weight(device_, Vp, C), logits(device_, n, Vp),
             d_in(device_, n, C);
         const RandomMatrix<floatX> plain_weight(device_, Vp, C);
@@ -328,7 +335,7 @@ private:
         copy_rates_.push_back(bound);
     }
 
-    // LayerNorm, GELU, residual, embedding on N tokens.
+    // LayerNorm, GELU, embedding on N tokens.
     void elementwise() {
         const GptConfig& g = c_.model;
         const int64_t N = c_.tokens(), C = g.channels;
@@ -340,14 +347,10 @@ private:
             d_bias(device_, 1, C);
         memory_bound("layernorm forward", elements * (R + X),
                      [&] { layernorm_forward(device_, out, mean.data(), rstd.data(), a, weight.data(), bias.data()); });
-        memory_bound("residual and layernorm forward", elements * (2 * R + 2 * X), [&] {
-            residual_layernorm_forward(device_, sum, out, mean.data(), rstd.data(), a, b, weight.data(), bias.data());
-        });
         memory_bound("layernorm backward", elements * (3 * R + X), [&] {
             layernorm_backward(device_, sum, d_weight.data(), d_bias.data(), b, a, mean.data(), rstd.data(),
                                weight.data());
         });
-        memory_bound("residual forward", elements * (2 * R + X), [&] { residual_forward(device_, sum, a, b); });
         {
             const RandomMatrix<floatX> wide(device_, N, 4 * C), wide_out(device_, N, 4 * C);
             memory_bound("gelu forward", 8 * elements * X, [&] { gelu_forward(device_, wide_out, wide); });

@@ -68,7 +68,7 @@ struct Bench {
         Epilogue<T, T> forward{.out = {out.data(), N, OC}, .bias = bias.data()};
         Epilogue<T, T> backward{.out = {din.data(), N, IC}};
         const Epilogue<T, float> gradient{
-            .out = {dweight.data(), OC, IC}, .accumulate = true, .left_sums = dbias.data()};
+            .out = {dweight.data(), OC, IC}, .addend = {dweight.data(), OC, IC}, .left_sums = dbias.data()};
         if (gelu) {
             forward.activation = Activation::gelu;
             forward.pre_activation = {pre.data(), N, OC};

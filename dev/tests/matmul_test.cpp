@@ -68,16 +68,17 @@ double product_error(Isa isa, int64_t rows, int64_t cols, int64_t depth) {
     const bool left_k = coin(), right_k = coin();
     const Values<T> left(left_k ? rows : depth, left_k ? depth : rows);
     const Values<T> right(right_k ? cols : depth, right_k ? depth : cols), bias(1, cols), gelu_input(rows, cols);
-    Values<Out> out(rows, cols);
+    Values<Out> out(rows, cols), addend(rows, cols);
     Values<T> pre(rows, cols);
     Values<SumOf<T>> sums(1, rows);
     const Operand<T> a{left.view.data, left.view.stride, left_k}, b{right.view.data, right.view.stride, right_k};
 
-    Epilogue<T, Out> e{.out = out.view, .accumulate = coin()};
+    Epilogue<T, Out> e{.out = out.view};
     if (coin()) e.bias = bias.view.data;
     if (coin()) e.activation = Activation::gelu;
     if (coin()) e.pre_activation = pre.view;
     if (coin()) e.gelu_input = gelu_input.view;
+    if (coin()) e.addend = coin() ? out.view : addend.view;
     if (!left_k && coin()) e.left_sums = sums.view.data;
 
     std::vector<double> expected = as_double(out), expected_pre = as_double(pre), expected_sums = as_double(sums);
@@ -88,8 +89,8 @@ double product_error(Isa isa, int64_t rows, int64_t cols, int64_t depth) {
             if (e.pre_activation.data) expected_pre[i * pre.view.stride + j] = sum;
             if (e.activation == Activation::gelu) sum = gelu_value(sum);
             if (e.gelu_input.data) sum *= gelu_gradient(double(gelu_input.view.row(i)[j]));
-            double& result = expected[i * out.view.stride + j];
-            result = e.accumulate ? result + sum : sum;
+            if (e.addend.data) sum += double(e.addend.row(i)[j]);
+            expected[i * out.view.stride + j] = sum;
         }
         if (e.left_sums)
             for (int64_t k = 0; k < depth; k++) expected_sums[i] += double(*a.at(i, k));
@@ -164,7 +165,8 @@ void check_threads(Isa isa) {
     std::vector<float> first, first_sums;
     for (int threads : {1, 2, 3, 4}) {
         std::vector<float> out(rows * cols, 1.f), sums(rows, 1.f);
-        Epilogue<T, float> e{.out = {out.data(), rows, cols}, .accumulate = true, .left_sums = sums.data()};
+        const Matrix<float> view(out.data(), rows, cols);
+        Epilogue<T, float> e{.out = view, .addend = view, .left_sums = sums.data()};
         multiply<T, float>(Workplace(threads), {left.view.data, left.view.stride, false},
                            {right.view.data, right.view.stride, true}, depth, e, isa);
         if (threads == 1) first = out, first_sums = sums;

@@ -158,31 +158,30 @@ inline double measured_attention_rate(int ranks, int threads, int64_t tokens, bo
     });
 }
 
-// Bytes a second of LayerNorm, forward with the residual addition and backward, counted as in costs.h.
+// Bytes a second of LayerNorm, forward and backward, counted as in costs.h.
 inline double measured_memory_rate(int ranks, int threads) {
     constexpr int64_t tokens = 512, C = 512;
     struct Norm {
-        Matrix<floatR> x, sum;
-        Matrix<floatX> branch, out;
+        Matrix<floatR> x, d_x;
+        Matrix<floatX> out;
         Matrix<floatS> statistics;  // mean and 1 / deviation
         Matrix<floatX> weight;
         Matrix<floatS> d_weight;  // and d_bias
     };
-    const double bytes = double(tokens * C) * (3 * sizeof(floatX) + 5 * sizeof(floatR));
+    const double bytes = double(tokens * C) * (2 * sizeof(floatX) + 4 * sizeof(floatR));
     return rate_of_ranks(ranks, threads, bytes, [=] {
         auto sets = std::make_shared<CalibrationSets<Norm>>(
             int64_t(layernorm_backward_scratch_bytes(threads, C)), [=](auto& memory) {
                 return Norm{memory.template take<floatR>(tokens, C), memory.template take<floatR>(tokens, C),
-                            memory.template take<floatX>(tokens, C), memory.template take<floatX>(tokens, C),
-                            memory.template take<floatS>(2, tokens), memory.template take<floatX>(1, C),
-                            memory.template take<floatS>(2, C)};
+                            memory.template take<floatX>(tokens, C), memory.template take<floatS>(2, tokens),
+                            memory.template take<floatX>(1, C),      memory.template take<floatS>(2, C)};
             });
         return [=](Device device) {
             device = sets->with_scratch(device);
             const Norm& n = sets->next();
             floatS *mean = n.statistics.row(0), *rstd = n.statistics.row(1);
-            residual_layernorm_forward(device, n.sum, n.out, mean, rstd, n.x, n.branch, n.weight.data, n.weight.data);
-            layernorm_backward(device, n.x, n.d_weight.row(0), n.d_weight.row(1), n.out, n.sum, mean, rstd,
+            layernorm_forward(device, n.out, mean, rstd, n.x, n.weight.data, n.weight.data);
+            layernorm_backward(device, n.d_x, n.d_weight.row(0), n.d_weight.row(1), n.out, n.x, mean, rstd,
                                n.weight.data);
         };
     });

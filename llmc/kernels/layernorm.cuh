@@ -6,8 +6,8 @@
 //   dweight += dout xhat      dbias += dout      g = dout weight
 //   din     += rstd (g - sum(g) / C - xhat sum(g xhat) / C)
 //
-// `weight` is stored less NORM_CENTER. The residual addition that precedes each LayerNorm is fused with it, while the
-// row is in the first-level cache or, on a GPU, in registers.
+// `weight` is stored less NORM_CENTER. The backward pass adds to the gradient of the residual stream; the forward one
+// reads a stream that the product before it has added to (matmul_residual_forward).
 #pragma once
 
 #include <algorithm>
@@ -39,33 +39,6 @@ inline void layernorm_forward(const Device& device, Matrix<floatX> out /*[N, C]*
 #pragma omp parallel for num_threads(device.threads) schedule(static)
     for (int64_t i = 0; i < in.rows; i++)
         run_widest([&]() WIDE { layernorm_row(out.row(i), mean[i], rstd[i], in.row(i), weight, bias, in.cols); });
-}
-
-// sum = a + b on one row
-WIDE inline void residual_row(floatR* sum /*[C]*/, const floatR* a /*[C]*/, const floatX* b /*[C]*/, int64_t C) {
-#pragma omp simd
-    for (int64_t c = 0; c < C; c++) sum[c] = a[c] + floatR(b[c]);
-}
-
-// out = a + b; out may be a
-inline void residual_forward(const Device& device, Matrix<floatR> out /*[N, C]*/, Matrix<const floatR> a /*[N, C]*/,
-                             Matrix<const floatX> b /*[N, C]*/) {
-#pragma omp parallel for num_threads(device.threads) schedule(static)
-    for (int64_t i = 0; i < out.rows; i++) residual_row(out.row(i), a.row(i), b.row(i), out.cols);
-}
-
-// residual = a + b, out = layernorm(residual); residual may be a
-inline void residual_layernorm_forward(const Device& device, Matrix<floatR> residual /*[N, C]*/,
-                                       Matrix<floatX> out /*[N, C]*/, floatS* mean /*[N]*/, floatS* rstd /*[N]*/,
-                                       Matrix<const floatR> a /*[N, C]*/, Matrix<const floatX> b /*[N, C]*/,
-                                       const floatX* weight /*[C]*/, const floatX* bias /*[C]*/) {
-#pragma omp parallel for num_threads(device.threads) schedule(static)
-    for (int64_t i = 0; i < residual.rows; i++) {
-        run_widest([&]() WIDE {
-            residual_row(residual.row(i), a.row(i), b.row(i), residual.cols);
-            layernorm_row(out.row(i), mean[i], rstd[i], residual.row(i), weight, bias, residual.cols);
-        });
-    }
 }
 
 // One row of the backward pass; adds to the sums over tokens dw and db.
@@ -196,12 +169,11 @@ __device__ inline Floats load_norm_weight(const floatX* stored) {
     return w;
 }
 
-// 4 bytes per element in bf16; 8 with the addition.
-template <class Rows, bool ADD>
+// 4 bytes per element in bf16.
+template <class Rows>
 __global__ void __launch_bounds__(Rows::most_threads)
     layernorm_forward_kernel(Matrix<floatX> out, float* mean, float* rstd, Matrix<const floatR> in,
-                             const floatX* weight, const floatX* bias, Matrix<floatR> residual /*ADD: in + branch*/,
-                             Matrix<const floatX> branch) {
+                             const floatX* weight, const floatX* bias) {
     float* sums = shared_memory<float>();  // [2, 32]
     constexpr int PACKS = Rows::PACKS;
     const int64_t row = int64_t(blockIdx.x) * Rows::TEAMS + Rows::team();
@@ -212,19 +184,6 @@ __global__ void __launch_bounds__(Rows::most_threads)
     Floats x[PACKS];
 #pragma unroll
     for (int p = 0; p < PACKS; p++) x[p] = Rows::column(p) < C ? load(in.row(row) + Rows::column(p)) : Floats{};
-    if constexpr (ADD) {
-        Floats b[PACKS];
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) b[p] = Rows::column(p) < C ? load(branch.row(row) + Rows::column(p)) : Floats{};
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) {
-#pragma unroll
-            for (int k = 0; k < PACK; k++) x[p][k] += b[p][k];
-            const Pack<floatR> rounded(x[p]);
-            x[p] = rounded.floats();  // what the backward pass will read
-            if (Rows::column(p) < C) store_pack(residual.row(row) + Rows::column(p), rounded);
-        }
-    }
     float sum = 0, squares = 0;
 #pragma unroll
     for (int p = 0; p < PACKS; p++)
@@ -251,50 +210,13 @@ __global__ void __launch_bounds__(Rows::most_threads)
     }
 }
 
-template <bool ADD>
-void layernorm_forward_rows(const Device& device, Matrix<floatX> out, float* mean, float* rstd, Matrix<const floatR> in,
-                            const floatX* weight, const floatX* bias, Matrix<floatR> residual,
-                            Matrix<const floatX> branch) {
-    with_rows(in.cols, [&](auto rows) {
-        launch(layernorm_forward_kernel<decltype(rows), ADD>, dim3(unsigned(ceil_div(in.rows, rows.TEAMS))),
-               rows.threads(in.cols), 2 * WARP * sizeof(float), device.stream, out, mean, rstd, in, weight, bias,
-               residual, branch);
-    });
-}
-
 inline void layernorm_forward(const Device& device, Matrix<floatX> out /*[N, C]*/, floatS* mean /*[N]*/,
                               floatS* rstd /*[N]*/, Matrix<const floatR> in /*[N, C]*/, const floatX* weight /*[C]*/,
                               const floatX* bias /*[C]*/) {
-    layernorm_forward_rows<false>(device, out, mean, rstd, in, weight, bias, {}, {});
-}
-
-// residual = a + b, out = layernorm(residual); residual may be a
-inline void residual_layernorm_forward(const Device& device, Matrix<floatR> residual /*[N, C]*/,
-                                       Matrix<floatX> out /*[N, C]*/, floatS* mean /*[N]*/, floatS* rstd /*[N]*/,
-                                       Matrix<const floatR> a /*[N, C]*/, Matrix<const floatX> b /*[N, C]*/,
-                                       const floatX* weight /*[C]*/, const floatX* bias /*[C]*/) {
-    layernorm_forward_rows<true>(device, out, mean, rstd, a, weight, bias, residual, b);
-}
-
-// A warp has a row, a lane 8 columns of every 256; 6 bytes per element in bf16.
-__global__ void residual_forward_kernel(Matrix<floatR> out, Matrix<const floatR> a, Matrix<const floatX> b) {
-    const int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / WARP;
-    if (row >= out.rows) return;
-    for (int64_t c = threadIdx.x % WARP * PACK; c < out.cols; c += WARP * PACK) {
-        Floats sum = load(a.row(row) + c);
-        const Floats y = load(b.row(row) + c);
-#pragma unroll
-        for (int k = 0; k < PACK; k++) sum[k] += y[k];
-        store(out.row(row) + c, sum);
-    }
-}
-
-// out = a + b; out may be a
-inline void residual_forward(const Device& device, Matrix<floatR> out /*[N, C]*/, Matrix<const floatR> a /*[N, C]*/,
-                             Matrix<const floatX> b /*[N, C]*/) {
-    constexpr int threads = 256;
-    launch(residual_forward_kernel, dim3(unsigned(ceil_div(out.rows, threads / WARP))), threads, 0, device.stream, out,
-           a, b);
+    with_rows(in.cols, [&](auto rows) {
+        launch(layernorm_forward_kernel<decltype(rows)>, dim3(unsigned(ceil_div(in.rows, rows.TEAMS))),
+               rows.threads(in.cols), 2 * WARP * sizeof(float), device.stream, out, mean, rstd, in, weight, bias);
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

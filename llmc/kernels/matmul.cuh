@@ -1,5 +1,6 @@
-// Matrix products of the linear layers: out = in W^T + bias, din = dout W, dW += dout^T in, with bias, GELU and their
-// derivatives fused into the write of the result. Weights are [OC, IC] as in llm.c; the model's blocks call them.
+// Matrix products of the linear layers: out = in W^T + bias, din = dout W, dW += dout^T in, with bias, GELU, their
+// derivatives and the residual addition fused into the write of the result. Weights are [OC, IC] as in llm.c; the
+// model's blocks call them.
 //
 // All three are  out(i, j) = sum over k of left(i, k) right(j, k)  with operands that are contiguous either in k or in
 // their rows. A thread owns a rectangle of the result and works on it in blocks (no sharing, no barriers):
@@ -39,8 +40,8 @@ void multiply_reference(const Device& device, Operand<T> left, Operand<T> right,
             if (e.pre_activation.data) e.pre_activation.row(i)[j] = sum;
             if (e.activation == Activation::gelu) sum = gelu_value(sum);
             if (e.gelu_input.data) sum *= gelu_gradient(Sum(e.gelu_input.row(i)[j]));
-            Out& out = e.out.row(i)[j];
-            out = e.accumulate ? Sum(out) + sum : sum;
+            if (e.addend.data) sum += Sum(e.addend.row(i)[j]);
+            e.out.row(i)[j] = sum;
         }
         if (e.left_sums)
             for (int64_t k = 0; k < depth; k++) e.left_sums[i] += Sum(*left.at(i, k));
@@ -178,12 +179,20 @@ void multiply(const Device& device, Operand<T> left, Operand<T> right, int64_t d
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The three products of a linear layer.
+// The three products of a linear layer; the first one also as a branch of the residual stream.
 
 inline void matmul_forward(const Device& device, Matrix<floatX> out /*[N,OC]*/, Matrix<const floatX> in /*[N,IC]*/,
                            Matrix<const floatX> weight /*[OC,IC]*/, const floatX* bias /*[OC] or null*/,
                            Activation activation = Activation::none, Matrix<floatX> pre_activation = {} /*[N,OC]*/) {
     Epilogue<floatX, floatX> e{.out = out, .bias = bias, .activation = activation, .pre_activation = pre_activation};
+    multiply<floatX>(device, {in.data, in.stride, true}, {weight.data, weight.stride, true}, in.cols, e);
+}
+
+// out = residual + (in W^T + bias); the branch that joins the residual stream is rounded only together with it.
+inline void matmul_residual_forward(const Device& device, Matrix<floatR> out /*[N,OC]*/,
+                                    Matrix<const floatR> residual /*[N,OC]*/, Matrix<const floatX> in /*[N,IC]*/,
+                                    Matrix<const floatX> weight /*[OC,IC]*/, const floatX* bias /*[OC]*/) {
+    Epilogue<floatX, floatR> e{.out = out, .bias = bias, .addend = residual};
     multiply<floatX>(device, {in.data, in.stride, true}, {weight.data, weight.stride, true}, in.cols, e);
 }
 
@@ -199,7 +208,7 @@ inline void matmul_backward_input(const Device& device, Matrix<floatX> din /*[N,
 inline void matmul_backward_weight(const Device& device, Matrix<floatS> dweight /*[OC,IC]*/,
                                    floatS* dbias /*[OC] or null*/, Matrix<const floatX> dout /*[N,OC]*/,
                                    Matrix<const floatX> in /*[N,IC]*/) {
-    Epilogue<floatX, floatS> e{.out = dweight, .accumulate = true, .left_sums = dbias};
+    Epilogue<floatX, floatS> e{.out = dweight, .addend = dweight, .left_sums = dbias};
     multiply<floatX>(device, {dout.data, dout.stride, false}, {in.data, in.stride, false}, dout.rows, e);
 }
 
@@ -235,7 +244,7 @@ struct Product {
     Matrix<Out> out;
     Matrix<const floatX> left, right;
     bool left_transposed = false, right_transposed = false;
-    bool accumulate = false;               // out += instead of =
+    Matrix<const Out> addend = {};         // when given is added; may be `out`
     const floatX* bias = nullptr;          // [cols]
     bool gelu = false;                     // after the bias,
     Matrix<floatX> pre_activation = {};    // whose input is kept here when given
@@ -257,7 +266,7 @@ struct Product {
                 right.stride,
                 left_transposed,
                 right_transposed,
-                accumulate,
+                addend.data ? 1 + addend.stride : 0,
                 int64_t(epilogue()),
                 int64_t(cuda_type<Out>)};
     }
@@ -266,7 +275,7 @@ struct Product {
 // The objects that describe a product to cuBLASLt.
 struct MatmulDescription {
     cublasLtMatmulDesc_t product = nullptr;
-    cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
+    cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr, d = nullptr;
 
     template <class Out>
     explicit MatmulDescription(const Product<Out>& p) {
@@ -282,9 +291,10 @@ struct MatmulDescription {
                 p.gelu_input.data ? p.gelu_input.stride : p.pre_activation.stride);
         }
         a = layout(p.right), b = layout(p.left), d = layout(p.out);
+        c = p.addend.data ? layout(p.addend) : layout(p.out);
     }
     ~MatmulDescription() {
-        for (cublasLtMatrixLayout_t l : {a, b, d})
+        for (cublasLtMatrixLayout_t l : {a, b, c, d})
             if (l) cublasLtMatrixLayoutDestroy(l);
         if (product) cublasLtMatmulDescDestroy(product);
     }
@@ -328,7 +338,7 @@ inline std::vector<FoundAlgorithm> find_algorithms(const Device& device, const M
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
         set(operand, alignment);
     if (status == CUBLAS_STATUS_SUCCESS)
-        status = cublasLtMatmulAlgoGetHeuristic(device.blas, m.product, m.a, m.b, m.d, m.d, preference, most,
+        status = cublasLtMatmulAlgoGetHeuristic(device.blas, m.product, m.a, m.b, m.c, m.d, preference, most,
                                                 &found[0].result, &count);
     cublasLtMatmulPreferenceDestroy(preference);
     if (status != CUBLAS_STATUS_NOT_SUPPORTED) CUBLAS_CHECK(status);
@@ -344,11 +354,12 @@ bool try_multiply(const Device& device, const Product<Out>& p) {
     // In its epilogues cuBLASLt may approximate tanh by an instruction that is good enough for bf16 alone.
     if (std::is_same_v<floatX, float> && (p.gelu || p.gelu_input.data)) return false;
     const MatmulDescription m(p);
-    const float one = 1, beta = p.accumulate;
+    const float one = 1, beta = p.addend.data ? 1 : 0;
+    const Out* c = p.addend.data ? p.addend.data : p.out.data;
     const auto run = [&](const cublasLtMatmulAlgo_t& algorithm) {
-        CUBLAS_CHECK(cublasLtMatmul(
-            device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, p.out.data, m.d, p.out.data, m.d,
-            &algorithm, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES), MATMUL_WORKSPACE_BYTES, device.stream));
+        CUBLAS_CHECK(cublasLtMatmul(device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, c, m.c,
+                                    p.out.data, m.d, &algorithm, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES),
+                                    MATMUL_WORKSPACE_BYTES, device.stream));
     };
     const auto [known, is_new] = device.algorithms->try_emplace(p.key());
     if (is_new) {
@@ -366,7 +377,7 @@ bool try_multiply(const Device& device, const Product<Out>& p) {
 }
 
 // What an epilogue would have done, where cuBLASLt has none for the type or shape: a thread for 8 neighbours.
-//   out = out + bias, then GELU if wanted; out = out gelu'(gelu_input)
+//   out = out + bias, then GELU if wanted; out = out gelu'(gelu_input). An addend is in `out` by then.
 __global__ void __launch_bounds__(256) epilogue_kernel(Matrix<floatX> out, const floatX* bias, bool gelu,
                                                        Matrix<floatX> pre_activation, Matrix<const floatX> gelu_input) {
     const int64_t packs = out.cols / PACK, i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -462,6 +473,13 @@ inline void matmul_forward(const Device& device, Matrix<floatX> out /*[N,OC]*/, 
                               .pre_activation = pre_activation});
 }
 
+inline void matmul_residual_forward(const Device& device, Matrix<floatR> out /*[N,OC]*/,
+                                    Matrix<const floatR> residual /*[N,OC]*/, Matrix<const floatX> in /*[N,IC]*/,
+                                    Matrix<const floatX> weight /*[OC,IC]*/, const floatX* bias /*[OC]*/) {
+    multiply<floatR>(
+        device, {.out = out, .left = in, .right = weight, .right_transposed = true, .addend = residual, .bias = bias});
+}
+
 inline void matmul_backward_input(const Device& device, Matrix<floatX> din /*[N,IC]*/,
                                   Matrix<const floatX> dout /*[N,OC]*/, Matrix<const floatX> weight /*[OC,IC]*/,
                                   Matrix<const floatX> pre_activation = {} /*[N,IC]*/) {
@@ -471,7 +489,7 @@ inline void matmul_backward_input(const Device& device, Matrix<floatX> din /*[N,
 inline void matmul_backward_weight(const Device& device, Matrix<floatS> dweight /*[OC,IC]*/,
                                    floatS* dbias /*[OC] or null*/, Matrix<const floatX> dout /*[N,OC]*/,
                                    Matrix<const floatX> in /*[N,IC]*/) {
-    multiply<floatS>(device, {.out = dweight, .left = dout, .right = in, .left_transposed = true, .accumulate = true});
+    multiply<floatS>(device, {.out = dweight, .left = dout, .right = in, .left_transposed = true, .addend = dweight});
     if (dbias) add_column_sums(device, dbias, dout);
 }
 #endif

@@ -50,11 +50,11 @@ enum class Activation { none, gelu };
 template <class T, class Out>
 struct Epilogue {
     Matrix<Out> out;
-    bool accumulate = false;                   // out += sums instead of out = sums
     const T* bias = nullptr;                   // [out.cols], added first
     Activation activation = Activation::none;  // applied after the bias
     Matrix<T> pre_activation = {};             // when given receives the value before the activation
     Matrix<const T> gelu_input = {};           // when given the result is multiplied by gelu'(gelu_input)
+    Matrix<const Out> addend = {};             // when given is added last; may be `out`
     SumOf<T>* left_sums = nullptr;             // [out.rows] += sum over k of the left operand: the bias gradient
 };
 
@@ -383,7 +383,7 @@ TARGET_AMX inline void amx_end() { _tile_release(); }
 // Finishing: the sums of a tile, rows NR apart, become rows x cols elements of the result at (row, col). Written as
 // plain loops which the compiler vectorises for the width of the function they are inlined into.
 
-// Asks for the lines that a tile will be written to (and its gelu_input) while its last products are being summed.
+// Asks for the lines that a tile will be written to (and those that it reads) while its last products are being summed.
 template <class T, class Out>
 inline void prefetch_tile(const Epilogue<T, Out>& e, int64_t row, int64_t col, int64_t rows, int64_t cols) {
     const auto lines = [&](auto matrix) {
@@ -395,6 +395,7 @@ inline void prefetch_tile(const Epilogue<T, Out>& e, int64_t row, int64_t col, i
     lines(e.out);
     lines(e.pre_activation);
     lines(e.gelu_input);
+    if (e.addend.data != e.out.data) lines(e.addend);
 }
 
 struct PlainStore {
@@ -431,10 +432,11 @@ template <int NR, class Store, class T, class Out>
             for (int64_t j = 0; j < cols; j++) tile[i * NR + j] *= gelu_gradient(float(x[j]));
         }
     for (int64_t i = 0; i < rows; i++) {
-        Out* out = e.out.row(row + i) + col;
-        if (e.accumulate)
-            for (int64_t j = 0; j < cols; j++) tile[i * NR + j] += float(out[j]);
-        Store::store(out, tile + i * NR, cols);
+        if (e.addend.data) {
+            const Out* addend = e.addend.row(row + i) + col;
+            for (int64_t j = 0; j < cols; j++) tile[i * NR + j] += float(addend[j]);
+        }
+        Store::store(e.out.row(row + i) + col, tile + i * NR, cols);
     }
 }
 

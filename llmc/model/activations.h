@@ -152,15 +152,13 @@ struct PostWorkspaceOf {
     using X = typename Types::X;
     using R = typename Types::R;
     PostActivationsOf<Types> activations;
-    Matrix<X> branch;      // [n, C], output of the projection, then of the MLP, before it joins the residual stream
-    Matrix<X> d_residual;  // [n, C], gradient of the residual stream as matrix products read it
-    Matrix<X> d_fc;        // [n, 4C]
-    Matrix<X> d_ln2;       // [n, C]
-    Matrix<R> output;      // [n, C], the layer's output where the next layer's pre_attention needs it again,
+    Matrix<X> d_residual;          // [n, C], gradient of the residual stream as matrix products read it
+    Matrix<X> d_fc;                // [n, 4C]
+    Matrix<X> d_ln2;               // [n, C]
+    Matrix<R> output;              // [n, C], the layer's output where the next layer's pre_attention needs it again,
     NormStatisticsOf<Types> norm;  // and the statistics of the LayerNorm there
     PostWorkspaceOf(Allocator& a, int64_t n, const GptConfig& g)
         : activations(a, n, g),
-          branch(a.take<X>(n, g.channels)),
           d_residual(a.take<X>(n, g.channels)),
           d_fc(a.take<X>(n, 4 * g.channels)),
           d_ln2(a.take<X>(n, g.channels)),

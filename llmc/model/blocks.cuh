@@ -147,12 +147,12 @@ inline void attention_block_backward(const BlockContext& ctx, Matrix<floatX> d_q
 // ---------------------------------------------------------------------------------------------------------------------
 // post_attention
 
-// Everything up to GELU for the n rows of `a`; what the backward pass needs. `branch` [n, C] is scratch.
+// Everything up to GELU for the n rows of `a`; what the backward pass needs.
 inline void post_attention_hidden(const BlockContext& ctx, const LayerTensors<floatX>& w, const PostActivations& a,
-                                  Matrix<floatX> branch, Matrix<const floatR> x, Matrix<const floatX> o) {
+                                  Matrix<const floatR> x, Matrix<const floatX> o) {
     const int64_t C = ctx.config.channels;
-    matmul_forward(ctx.device, branch, o, {w.proj_weight, C, C}, w.proj_bias);
-    residual_layernorm_forward(ctx.device, a.residual, a.ln2, a.mean, a.rstd, x, branch, w.ln2_weight, w.ln2_bias);
+    matmul_residual_forward(ctx.device, a.residual, x, o, {w.proj_weight, C, C}, w.proj_bias);
+    layernorm_forward(ctx.device, a.ln2, a.mean, a.rstd, a.residual, w.ln2_weight, w.ln2_bias);
     matmul_forward(ctx.device, a.gelu, a.ln2, {w.fc_weight, 4 * C, C}, w.fc_bias, Activation::gelu, a.fc);
 }
 
@@ -168,11 +168,11 @@ inline PostActivations post_rows(const std::optional<PostActivations>& kept, con
 // The activations of n rows for the backward pass: `a` is recomputed from x where that has rows, else completed from
 // what was kept.
 inline void recompute_post(const BlockContext& ctx, const LayerTensors<floatX>& w,
-                           const std::optional<PostActivations>& kept, const PostActivations& a, Matrix<floatX> branch,
-                           Matrix<const floatR> x, Matrix<const floatX> o, int64_t begin) {
+                           const std::optional<PostActivations>& kept, const PostActivations& a, Matrix<const floatR> x,
+                           Matrix<const floatX> o, int64_t begin) {
     const int64_t n = a.residual.rows;
     if (x.rows) {
-        post_attention_hidden(ctx, w, a, branch, x.row_range(begin, n), o.row_range(begin, n));
+        post_attention_hidden(ctx, w, a, x.row_range(begin, n), o.row_range(begin, n));
     } else if (!kept->has_all()) {
         layernorm_forward(ctx.device, a.ln2, a.mean, a.rstd, a.residual, w.ln2_weight, w.ln2_bias);
         gelu_forward(ctx.device, a.gelu, a.fc);
@@ -187,10 +187,9 @@ inline void post_attention_forward(BlockContext ctx, const LayerTensors<floatX>&
     const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
     for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
         const PostActivations a = post_rows(kept, ws, begin, n);
-        const Matrix<floatX> branch = ws.branch.row_range(0, n);
-        post_attention_hidden(ctx, w, a, branch, x.row_range(begin, n), o.row_range(begin, n));
-        matmul_forward(ctx.device, branch, a.gelu, {w.out_weight, C, 4 * C}, w.out_bias);
-        residual_forward(ctx.device, y.row_range(begin, n), a.residual, branch);
+        post_attention_hidden(ctx, w, a, x.row_range(begin, n), o.row_range(begin, n));
+        matmul_residual_forward(ctx.device, y.row_range(begin, n), a.residual, a.gelu, {w.out_weight, C, 4 * C},
+                                w.out_bias);
     });
 }
 
@@ -224,14 +223,13 @@ inline void post_attention_backward(BlockContext ctx, const LayerTensors<floatX>
         const PostActivations a = post_rows(kept, ws, begin, n);
         const Matrix<const floatX> o_rows = o.row_range(begin, n);
         const Matrix<floatR> d_rows = d_residual.row_range(begin, n);
-        const Matrix<floatX> d_ln2 = ws.d_ln2.row_range(0, n), branch = ws.branch.row_range(0, n);
-        recompute_post(ctx, w, kept, a, branch, x, o, begin);
+        const Matrix<floatX> d_ln2 = ws.d_ln2.row_range(0, n);
+        recompute_post(ctx, w, kept, a, x, o, begin);
         if (next) {
             const Matrix<floatR> output = ws.output.row_range(0, n);
             const Matrix<floatX> ln1 = ws.d_residual.row_range(0, n);
             const PreGradient gradient = next->gradient.row_range(begin, n);
-            matmul_forward(device, branch, a.gelu, {w.out_weight, C, 4 * C}, w.out_bias);
-            residual_forward(device, output, a.residual, branch);
+            matmul_residual_forward(device, output, a.residual, a.gelu, {w.out_weight, C, 4 * C}, w.out_bias);
             layernorm_forward(device, ln1, ws.norm.mean, ws.norm.rstd, output, next->w.ln1_weight, next->w.ln1_bias);
             if (gradient.d_qkv.rows) qkv_backward_weight(ctx, next->dw, gradient.d_qkv, ln1);
             pre_attention_backward_rows(ctx, next->w, next->dw, d_rows, gradient, d_ln2, ws.norm.mean, ws.norm.rstd,
@@ -267,7 +265,7 @@ inline void post_attention_backward_weight(BlockContext ctx, const LayerTensors<
     const PostWorkspace ws(ctx.workspace, rows_at_a_time(ctx.mlp_chunk, N), ctx.config);
     for_row_ranges(N, ctx.mlp_chunk, [&](int64_t begin, int64_t n) {
         const PostActivations a = post_rows(kept, ws, begin, n);
-        recompute_post(ctx, w, kept, a, {}, {}, o, begin);
+        recompute_post(ctx, w, kept, a, {}, o, begin);
         matmul_backward_weight(device, {dw.out_weight, C, 4 * C}, dw.out_bias, d.d_out.row_range(begin, n), a.gelu);
         matmul_backward_weight(device, {dw.fc_weight, 4 * C, C}, dw.fc_bias, d.d_fc.row_range(begin, n), a.ln2);
         matmul_backward_weight(device, {dw.proj_weight, C, C}, dw.proj_bias, d.d_middle.row_range(begin, n),

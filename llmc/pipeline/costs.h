@@ -140,14 +140,15 @@ inline OpWork op_work(const Op& op, const ChunkShape& shape, const ChunkWork& ch
     const double qkv = 3 * C * C, proj = C * C, fc = 4 * C * C;
     const auto norm_forward = [&] { work.bytes += N * C * (r + x); };
     const auto norm_backward = [&] { work.bytes += N * C * (x + 3 * r); };
-    const auto hidden = [&] {  // projection, residual addition with LayerNorm, first product of the MLP with GELU
+    const auto hidden = [&] {  // projection with residual addition, LayerNorm, first product of the MLP with GELU
         product(proj, mlp_chunk, 1);
-        work.bytes += N * C * (2 * r + 2 * x);
+        work.bytes += N * C * r;
+        norm_forward();
         product(fc, mlp_chunk, 1);
     };
     const auto layer_output = [&] {
         product(fc, mlp_chunk, 1);
-        work.bytes += N * C * (2 * r + x);
+        work.bytes += N * C * r;
     };
     // The backward of pre_attention, down to the residual stream; where the products were moved, LayerNorm alone.
     const auto pre_backward = [&](bool split) {

@@ -137,16 +137,17 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// D = epilogue(alpha op(A) op(B) + beta C), here always with C = D.
+// D = epilogue(alpha op(A) op(B) + beta C)
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha, const void* a,
                                      cublasLtMatrixLayout_t a_layout, const void* b, cublasLtMatrixLayout_t b_layout,
-                                     const void* beta, const void* c, cublasLtMatrixLayout_t, void* d,
+                                     const void* beta, const void* c, cublasLtMatrixLayout_t c_layout, void* d,
                                      cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algo, void*, size_t,
                                      cudaStream_t) {
     const bool ta = desc->op_a == CUBLAS_OP_T, tb = desc->op_b == CUBLAS_OP_T;
     const int64_t m = ta ? a_layout->cols : a_layout->rows, depth = ta ? a_layout->rows : a_layout->cols;
     const int64_t n = tb ? b_layout->rows : b_layout->cols, depth_b = tb ? b_layout->cols : b_layout->rows;
-    if (!algo || c != d || depth != depth_b || m != d_layout->rows || n != d_layout->cols)
+    if (!algo || depth != depth_b || m != d_layout->rows || n != d_layout->cols) return CUBLAS_STATUS_INVALID_VALUE;
+    if (m != c_layout->rows || n != c_layout->cols || (c == d && c_layout->ld != d_layout->ld))
         return CUBLAS_STATUS_INVALID_VALUE;
     const auto read = [](const void* data, cudaDataType type, int64_t i) {
         return type == CUDA_R_16BF ? float(static_cast<const bf16*>(data)[i]) : static_cast<const float*>(data)[i];
@@ -166,7 +167,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
                 const int64_t at = i + j * d_layout->ld;
                 float x = *static_cast<const float*>(alpha) * float(sum);
                 if (const float scale = *static_cast<const float*>(beta); scale != 0)
-                    x += scale * read(d, d_layout->type, at);
+                    x += scale * read(c, c_layout->type, i + j * c_layout->ld);
                 const cublasLtEpilogue_t e = desc->epilogue;
                 if (e == CUBLASLT_EPILOGUE_BIAS || e == CUBLASLT_EPILOGUE_GELU_BIAS ||
                     e == CUBLASLT_EPILOGUE_GELU_AUX_BIAS)

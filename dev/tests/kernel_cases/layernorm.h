@@ -1,5 +1,5 @@
 // Cases of layernorm.cuh: rows of a warp and of a block, one row to more than the blocks of a launch have at once, rows
-// that lie apart, sums in place, rows whose mean is far from zero.
+// that lie apart, rows whose mean is far from zero.
 #pragma once
 
 #include "cases.h"
@@ -9,12 +9,6 @@ struct LayerNormShape {
     int64_t N, C, gap = 0;  // elements between rows
     float mean = 0;
 };
-
-// Rounded to multiples of 1/16: bf16 holds the sum of two below 8 exactly.
-inline std::vector<float> sixteenths(std::vector<float> values) {
-    for (float& value : values) value = std::clamp(std::nearbyint(value * 16) / 16, -7.f, 7.f);
-    return values;
-}
 
 inline void layernorm_case(Cases& cases, const LayerNormShape& s) {
     const Device& device = cases.device;
@@ -26,12 +20,10 @@ inline void layernorm_case(Cases& cases, const LayerNormShape& s) {
     std::vector<float> weights = normal_values(1, C);  // less 1
     for (float& w : weights) w += 1 - float(NORM_CENTER);
     const DeviceArray<floatX> weight(device, weights), bias(device, normal_values(2, C));
-    const std::vector<float> b_values = normal_values(3, n, 0.5f);
-    const DeviceArray<floatX> b(device, b_values), dout(device, normal_values(4, n));
-    const std::vector<float> a_values = normal_values(5, n, 1, s.mean), before = normal_values(6, n);
-    const DeviceArray<floatR> a(device, a_values);
-    const Matrix<const floatR> in = a.matrix(N, C, stride);
-    const Matrix<const floatX> branch = b.matrix(N, C, stride);
+    const DeviceArray<floatX> dout(device, normal_values(4, n));
+    const std::vector<float> before = normal_values(6, n);
+    const DeviceArray<floatR> x(device, normal_values(5, n, 1, s.mean));
+    const Matrix<const floatR> in = x.matrix(N, C, stride);
 
     const DeviceArray<floatX> out(device, before);
     const DeviceArray<floatS> mean(device, N), rstd(device, N);
@@ -39,36 +31,6 @@ inline void layernorm_case(Cases& cases, const LayerNormShape& s) {
     cases.record("layernorm_forward out", shape, out.values());
     cases.record("layernorm_forward mean", shape, mean.values(), fp32);
     cases.record("layernorm_forward rstd", shape, rstd.values(), fp32);
-
-    const DeviceArray<floatR> total(device, before), total_in_place(device, a_values);
-    residual_forward(device, total.matrix(N, C, stride), in, branch);
-    residual_forward(device, total_in_place.matrix(N, C, stride), total_in_place.matrix(N, C, stride), branch);
-    cases.record("residual_forward out", shape, total.values());
-    cases.record("residual_forward in place", shape, total_in_place.values());
-
-    // Sums that bf16 holds exactly, for the rest to be compared closely; then sums that are rounded, in place.
-    const DeviceArray<floatR> exact_a(device, sixteenths(a_values)), residual(device, before);
-    const DeviceArray<floatX> exact_b(device, sixteenths(b_values)), fused(device, before);
-    const DeviceArray<floatS> fused_mean(device, N), fused_rstd(device, N);
-    residual_layernorm_forward(device, residual.matrix(N, C, stride), fused.matrix(N, C, stride), fused_mean,
-                               fused_rstd, exact_a.matrix(N, C, stride), exact_b.matrix(N, C, stride), weight, bias);
-    cases.record("residual_layernorm_forward residual", shape, residual.values(), EXACT);
-    cases.record("residual_layernorm_forward out", shape, fused.values());
-    cases.record("residual_layernorm_forward mean", shape, fused_mean.values(), fp32);
-    cases.record("residual_layernorm_forward rstd", shape, fused_rstd.values(), fp32);
-
-    const DeviceArray<floatR> in_place(device, a_values);
-    residual_layernorm_forward(device, in_place.matrix(N, C, stride), fused.matrix(N, C, stride), fused_mean,
-                               fused_rstd, in_place.matrix(N, C, stride), branch, weight, bias);
-    cases.record("residual_layernorm_forward in place", shape, in_place.values());
-    const std::vector<double> stored = in_place.values(), means = fused_mean.values();
-    bool same = true;
-    for (int64_t i = 0; i < N; i++) {
-        double sum = 0, magnitude = 0;
-        for (int64_t c = 0; c < C; c++) sum += stored[i * stride + c], magnitude += std::abs(stored[i * stride + c]);
-        same = same && std::abs(sum / double(C) - means[i]) <= 1e-6 * magnitude / double(C);
-    }
-    cases.record("residual_layernorm_forward means of what it stores", shape, {double(same)}, EXACT);
 
     cases.give_scratch(layernorm_backward_scratch_bytes(device.threads, C));
     const auto backward = [&] {

@@ -39,6 +39,15 @@ inline void matmul_cases(Cases& cases) {
         cases.record("matmul_forward bias gelu, input of gelu", shape, pre.values());
         cases.record("matmul_forward bias gelu, input not kept", shape, gelu_alone.values());
 
+        using R = DeviceArray<floatR>;  // the residual stream, also in place
+        R sum(device, before), sum_in_place(device, before);
+        const R residual(device, normal_values(10, N * OC));
+        matmul_residual_forward(device, sum.matrix(N, OC, OC + gap), residual.matrix(N, OC), x, w, bias);
+        matmul_residual_forward(device, sum_in_place.matrix(N, OC, OC + gap), sum_in_place.matrix(N, OC, OC + gap), x,
+                                w, bias);
+        cases.record("matmul_residual_forward", shape, sum.values());
+        cases.record("matmul_residual_forward in place", shape, sum_in_place.values());
+
         const std::vector<float> din_before = normal_values(7, N * (IC + gap));
         X din(device, din_before), din_gelu(device, din_before);
         matmul_backward_input(device, din.matrix(N, IC, IC + gap), dy, w);
