@@ -1,5 +1,6 @@
 # make, make run, make test: `make help` lists the rest. Programs are built into build/DEVICE-PRECISION, and ./train_gpt
-# and ./test_gpt are links to those built last. One file is one program: all else is in headers.
+# and ./test_gpt are links to those built last. One file is one program (but
+# for cuDNN's front end, which takes a minute to compile): all else is in headers.
 
 # The device: cpu, or cuda for NVIDIA GPUs. cuda-on-host runs CUDA code without a GPU, slowly and under sanitizers, for
 # tests (dev/tests/cuda_on_host).
@@ -35,7 +36,8 @@ endif
 
 # Built for AVX2 and FMA; wider kernels carry a target attribute and are chosen when the program starts.
 # -Wno-uninitialized -Wno-maybe-uninitialized: g++ 12 finds such variables in its own header of AVX-512 intrinsics.
-BASE      := -std=c++20 -march=x86-64-v3 -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -I. $(DEPS:%=-isystem %) -MMD -MP
+HOST_FLAGS := -march=x86-64-v3 -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra
+BASE      := -std=c++20 $(HOST_FLAGS) -Wno-uninitialized -Wno-maybe-uninitialized -I. $(DEPS:%=-isystem %) -MMD -MP
 CXXFLAGS  ?= -O3
 BUILD     := build/$(DEVICE)-$(PRECISION)
 COMPILE    = @mkdir -p $(@D) && echo "  build  $@" && $(CXX) $(BASE) -MF $@.d
@@ -63,7 +65,6 @@ endif
 CUDNN_OBJECT := build/cuda-cudnn_attention.o
 
 # How a program is built for each device.
-HOST_FLAGS := -march=x86-64-v3 -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra
 ON_HOST    := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-unknown-pragmas -DUSE_CUDA -Idev/tests/cuda_on_host
 BUILD_cpu   = $(COMPILE) $(CXXFLAGS) $(PRECISION_$(PRECISION)) -x c++ $< -x none -o $@ $(MPI_FLAGS)
 BUILD_cuda-on-host = $(COMPILE) $(ON_HOST) $(PRECISION_$(PRECISION)) -x c++ $< -x none -o $@ -lboost_context
@@ -79,13 +80,13 @@ $(CUDNN_OBJECT): llmc/kernels/cudnn_attention.cpp
 UNIT_TESTS := $(filter-out %/cudnn_plans_test,$(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/*_test.cpp)))
 FUZZ_TESTS := $(patsubst dev/tests/%.cpp,build/tests/%,$(wildcard dev/tests/fuzz_*.cpp))
 BENCHMARKS := $(patsubst dev/bench/%.cpp,build/bench/%,$(wildcard dev/bench/*.cpp))
-SOURCES    := $(wildcard *.cu llmc/*.h llmc/*/*.h llmc/*/*/*.h llmc/*/*.cuh llmc/*/*.cpp dev/tests/*.cpp dev/tests/*.h dev/tests/*/*.h dev/bench/*.cpp dev/bench/*.cu dev/bench/*.h)
+SOURCES    := $(wildcard *.cu llmc/*.h llmc/*/*.h llmc/*/*/*.h llmc/*/*.cuh llmc/*/*.cpp dev/tests/*.cpp dev/tests/*/*.cpp dev/tests/*.h dev/tests/*/*.h dev/bench/*.cpp dev/bench/*.cu dev/bench/*.h)
 
 .DEFAULT_GOAL := all
 .PHONY: all run test bench tests cuda-build format check-format tidy clean help
 .DELETE_ON_ERROR:
 
-all: train_gpt test_gpt  ## build ./train_gpt and ./test_gpt (PRECISION=fp32|bf16|fp64, DEPS=DIR)
+all: train_gpt test_gpt  ## build ./train_gpt and ./test_gpt (DEVICE=cpu|cuda, PRECISION=fp32|bf16|fp64, DEPS=DIR)
 
 run:  ## set up, build, make a corpus of /usr/include, train `tiny` for a minute, sample text
 	@scripts/setup.sh

@@ -7,10 +7,7 @@
 // file with TESTING defined, which leaves out main.
 #include <unistd.h>
 
-#include <chrono>
 #include <cstdio>
-#include <filesystem>
-#include <functional>
 
 // configuration, console, metrics, checkpoints
 #include "llmc/io/checkpoint.h"
@@ -621,15 +618,6 @@ std::string layout_text(const RankOptions& o) {
     return std::to_string(o.layout.ranks) + " ranks, schedule " + o.schedule_name();
 }
 
-LoaderOptions loader_options(const Config& c, const Tokenizer& tokenizer, uint64_t seed) {
-    return {c.data.packing == "documents" ? Packing::documents : Packing::contiguous,
-            c.model.context,
-            c.model.vocab,
-            tokenizer.end_of_text(),
-            seed,
-            true};
-}
-
 // What the ranks of a process share. All of it is read, or may be used from several threads.
 struct Job {
     Config config;
@@ -917,7 +905,7 @@ void take_sizes_of(Config& c, std::string& source, Transport& transport) {
     take("vocab", c.model.vocab, found.vocab);
     if (!violations.empty()) refuse_config(violations);
     c.model.untied = !found.tied;
-    if (c.data.tokenizer.empty()) c.data.tokenizer = found.vocab == 257 ? "bytes" : "gpt2";
+    if (c.data.tokenizer.empty()) c.data.tokenizer = tokenizer_of_vocab(found.vocab);
     complete_config(c);
 }
 
@@ -1012,7 +1000,7 @@ int train_command(Config c, Team& team) {
         check_memory(c, plans, besides, [&](int64_t available) { return fitting_layout(c, plans, available); });
         const Tokenizer tokenizer(c.data.tokenizer);
         const auto open = [&](const std::string& files, uint64_t seed) {
-            return Loader(open_token_files(files), loader_options(c, tokenizer, seed));
+            return Loader(open_token_files(files), loader_options(c, model_of(c), tokenizer, seed));
         };
         std::optional<Loader> val_loader;
         if (!c.data.val.empty()) val_loader.emplace(open(c.data.val, 0));
@@ -1021,10 +1009,9 @@ int train_command(Config c, Team& team) {
             create_directories(c.run.dir);
             lock.emplace(c.run.dir);
         }
-        const int threads = c.threads() * team.local_ranks(int(c.parallel.ranks));
-        double peak = 0;  // measured by one process while the others wait
-        if (speaks) peak = measure_matrix_peak(threads);
         const int local = team.local_ranks(int(c.parallel.ranks));
+        double peak = 0;  // measured by one process while the others wait
+        if (speaks) peak = measure_matrix_peak(c.threads() * local);
         peak *= double(c.parallel.ranks) / local * devices_of(local);
         job.emplace(c, tokenizer, std::move(loader), std::move(val_loader), *signals, peak,
                     speaks ? cluster_of_this_run(c) : std::nullopt, used_on_device());

@@ -1,11 +1,13 @@
-// What every file shares: storage types, the matrix view, and errors that carry an exit code.
+// What every file shares: storage types, the matrix view, errors that carry an exit code, printf to a string.
 //
 // Shape vocabulary, used in every comment: N tokens in a chunk, C channels, NH heads, HS = C/NH head size,
 // L layers, T context, V vocabulary, Vp padded vocabulary, S sequences, p stages, m chunks.
 #pragma once
 
+#include <cstdarg>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -19,7 +21,7 @@
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Storage types. One of PRECISION_FP32, PRECISION_BF16, PRECISION_FP64 is defined by the Makefile (default fp32).
+// Storage types. One of PRECISION_FP32, PRECISION_BF16, PRECISION_FP64 is defined by the Makefile (fp32 where none is).
 //
 //   floatX  weights and activations as matrix products read them
 //   floatR  the residual stream and its gradient. On the CPU it keeps fp32 beside bf16 products: its many small
@@ -113,6 +115,19 @@ struct Failure : std::runtime_error {
     int exit_code;
     Failure(int exit_code, const std::string& message) : std::runtime_error(message), exit_code(exit_code) {}
 };
+
+// printf to a string of any length.
+[[gnu::format(printf, 1, 2)]] inline std::string format(const char* pattern, ...) {
+    va_list arguments, again;
+    va_start(arguments, pattern);
+    va_copy(again, arguments);
+    std::string text(size_t(std::vsnprintf(nullptr, 0, pattern, arguments)) + 1, '\0');
+    std::vsnprintf(text.data(), text.size(), pattern, again);
+    va_end(arguments);
+    va_end(again);
+    text.pop_back();
+    return text;
+}
 
 HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 HOST_DEVICE inline int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }

@@ -125,6 +125,20 @@ __device__ inline void store(bf16* to, const Floats& x) {
         make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
 }
 
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^x to two units in the last place, numbers below the smallest normal one as zero. (__expf would take twice as many
+// instructions to get these right.)
+__device__ inline float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Reductions whose order depends on the launch alone: the same bits every time.
 
@@ -142,9 +156,6 @@ __device__ T warp_reduce(T value, Combine combine) {
 template <class T>
 __device__ T warp_sum(T value) {
     return warp_reduce(value, [](T a, T b) { return a + b; });
-}
-__device__ inline float warp_max(float value) {
-    return warp_reduce(value, [](float a, float b) { return fmaxf(a, b); });
 }
 
 // Every thread of the block gets combine() over all of them. `shared` has room for a value a warp; it may be used again

@@ -1,5 +1,5 @@
 // The device a rank computes on, passed to every kernel: what its kernels need besides their tensors, and its memory.
-// A build is for one device: the CPU, or with USE_CUDA a GPU. Scratch memory for the kernels lies in the rank's arena,
+// A build is for one device: the CPU, or with USE_CUDA a GPU. Scratch memory for the kernels lies in the rank's memory,
 // planned before step 1.
 #pragma once
 
@@ -34,6 +34,23 @@ class CudnnAttention;
 using MatmulKey = std::array<int64_t, 11>;
 using MatmulAlgorithms = std::map<MatmulKey, std::optional<cublasLtMatmulAlgo_t>>;
 #endif
+
+// Hands out 64-byte aligned views from a block of memory. Without a block it only counts.
+struct Allocator {
+    std::byte* base = nullptr;
+    int64_t used = 0;  // bytes
+
+    template <class T>
+    T* take(int64_t count) {
+        T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+        used += round_up(count * int64_t(sizeof(T)), 64);
+        return p;
+    }
+    template <class T>
+    Matrix<T> take(int64_t rows, int64_t cols) {
+        return {take<T>(rows * cols), rows, cols};
+    }
+};
 
 struct Device {
     int threads = 1;               // OpenMP threads of this rank, on the host

@@ -65,7 +65,9 @@ Outcome outcome_of(const Cluster& cluster, const PlannedStep& step, const std::s
     outcome.busiest = *std::max_element(timeline.busy.begin(), timeline.busy.end());
     const RankOptions& o = step.options;
     const int64_t workspace = step.sizes.workspace(o.chunk_tokens, o.model, o.mlp_chunk, o.head_chunk);
-    outcome.gb = 1e-9 * double(step.largest_arena() + workspace) / cluster.tp;
+    int64_t arena = 0;  // of the rank that needs most
+    for (int r = 0; r < step.input.ranks; ++r) arena = std::max(arena, step.plan_of(r, arena).size.bytes);
+    outcome.gb = 1e-9 * double(arena + workspace) / cluster.tp;
     return outcome;
 }
 
@@ -106,7 +108,7 @@ struct Entrant {
                 if (op.kind == Kind::compute && op.pass == Pass::B &&
                     (op.part == Part::post || op.part == Part::attention))
                     ++all, kept += op.keeps;
-        Outcome outcome = outcome_of(cluster, step, name, printed("keeps %d/%d", kept, all));
+        Outcome outcome = outcome_of(cluster, step, name, format("keeps %d/%d", kept, all));
         outcome.options = o, outcome.limit = limit;
         return outcome;
     }
@@ -164,13 +166,13 @@ struct Contest {
                     if (round >= at.m || round % (folds * p) || (deferred && !round)) continue;
                     o.layout.round_chunks = round, o.layout.deferred = deferred;
                     add(ours,
-                        printed("helix F=%d", folds) + (round ? printed(" rounds of %d", round) : "") +
-                            (deferred ? printed(" deferred %d", deferred) : ""),
+                        format("helix F=%d", folds) + (round ? format(" rounds of %d", round) : "") +
+                            (deferred ? format(" deferred %d", deferred) : ""),
                         o);
                 }
             o.layout.round_chunks = o.layout.deferred = 0, o.layout.row_pieces = 1, o.layout.helix = as_published;
             published.push_back(
-                Entrant(cluster, printed("published F=%d", folds), o, at.m, {Recompute::without_attention}).modes[0]);
+                Entrant(cluster, format("published F=%d", folds), o, at.m, {Recompute::without_attention}).modes[0]);
         }
         RankOptions one = at.options();
         one.layout.ranks = 1;
@@ -262,7 +264,7 @@ struct Change {
 std::vector<Change> changes_of_rates(const Contest& contest) {
     std::vector<std::pair<std::string, Cluster>> changed = with_other_rates(contest.cluster);
     for (double bandwidth : {12.5, 25.0, 50.0}) {
-        changed.emplace_back(printed("links of %.4g GB/s", bandwidth), contest.cluster);
+        changed.emplace_back(format("links of %.4g GB/s", bandwidth), contest.cluster);
         changed.back().second.between.bandwidth = bandwidth;
     }
     RankOptions o = contest.at.options();
@@ -307,9 +309,9 @@ std::vector<Ablation> ablation(const Contest& contest) {
             {"head spread", run({true, false, false, true}).modes[0], run({true, true, true, true}).modes[0]},
             {"keeps what fits into 1F1B's memory", none, kept(run({}))},  // needs the LayerNorm's move
             {"one fold", contest.published[0], kept(run({}, 1))},
-            {printed("one fold, %d row pieces", row_pieces), run(as_published, 1, row_pieces).modes[0],
+            {format("one fold, %d row pieces", row_pieces), run(as_published, 1, row_pieces).modes[0],
              kept(run({}, 1, row_pieces))},
-            {printed("the same in rounds of %d", p), run(as_published, 1, row_pieces, p).modes[0],
+            {format("the same in rounds of %d", p), run(as_published, 1, row_pieces, p).modes[0],
              kept(run({}, 1, row_pieces, p))},
             {"the same, up to 14 weight gradients deferred", run(as_published, 1, row_pieces, p, 14).modes[0],
              kept(run({}, 1, row_pieces, p, 14))}};
@@ -348,7 +350,7 @@ struct Goal {
 void add_point_goals(std::vector<Goal>& goals, const Result& r, const std::string& links) {
     const auto add = [&](const Point& point, const std::string& against, const Outcome& reference, double goal) {
         goals.push_back(
-            {printed("%s, m = %d, %s, against %s", point.name.c_str(), r.at.m, links.c_str(), against.c_str()),
+            {format("%s, m = %d, %s, against %s", point.name.c_str(), r.at.m, links.c_str(), against.c_str()),
              reference.ms / point.ours.ms, goal});
     };
     if (r.at.m == 2 * r.at.p) {

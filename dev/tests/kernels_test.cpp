@@ -93,12 +93,10 @@ TEST(Reduce, FirstNonfinite) {
         auto x = random_vector<floatX>(n, 1);
         x[5] = std::numeric_limits<float>::max() / 2;
         EXPECT_EQ(first_nonfinite(device, x.data(), n), -1);
-        EXPECT_TRUE(all_finite(device, x.data(), n));
         EXPECT_EQ(first_nonfinite(device, x.data(), 0), -1);
         for (const int64_t i : {20010, 12345, 4096, 4095, 0}) {
             x[i] = bad[i % 3];
             EXPECT_EQ(first_nonfinite(device, x.data(), n), i);
-            EXPECT_FALSE(all_finite(device, x.data(), n));
         }
         return Doubles{};
     });

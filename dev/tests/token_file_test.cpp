@@ -51,13 +51,13 @@ TEST_F(Data, IdsOutsideTheVocabularyAreRefusedWithTheirOffset) {
         ids[150'001] = 300;
         ids[150'002] = 301;
         const TokenFile file(token_file("a.bin", ids, token_bytes));
-        EXPECT_NO_THROW(file.check_vocabulary(302));
-        expect_parts(failure(EXIT_DATA, [&] { file.check_vocabulary(257); }),
+        EXPECT_NO_THROW(file.scan(302, EOT));
+        expect_parts(failure(EXIT_DATA, [&] { file.scan(257, EOT); }),
                      {file.path(), "byte " + std::to_string(1024 + 150'001 * token_bytes), "id 300", "257 ids"});
     }
     // an id that is negative as an int32
     const TokenFile file(token_file("b.bin", {EOT, -5}, 4));
-    expect_parts(failure(EXIT_DATA, [&] { file.check_vocabulary(257); }), {"byte 1028", "id 4294967291"});
+    expect_parts(failure(EXIT_DATA, [&] { file.scan(257, EOT); }), {"byte 1028", "id 4294967291"});
 }
 
 TEST_F(Data, ScanFindsEveryEndOfText) {

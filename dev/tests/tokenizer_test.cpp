@@ -19,7 +19,6 @@ TEST(Tokenizers, Gpt2WithoutItsFilesKnowsItsNumbers) {
     const Tokenizer tokenizer("gpt2");
     EXPECT_EQ(tokenizer.vocab(), 50257);
     EXPECT_EQ(tokenizer.end_of_text(), 50256);
-    EXPECT_FALSE(tokenizer.handles_text());
     expect_parts(failure(EXIT_CONFIG, [&] { tokenizer.encode("a"); }), {"vocab.json", "--tokenizer-dir"});
 }
 

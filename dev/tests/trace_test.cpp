@@ -103,7 +103,7 @@ TEST(Svg, RowsShowTheTimes) {
     for (const Simulated& s : examples()) {
         const std::string svg = svg_picture(s.picture);
         EXPECT_TRUE(well_formed(svg)) << s.name;
-        EXPECT_NE(svg.find(printed("bubble %.1f %%", 100 * s.timeline.mean_bubble() / s.timeline.makespan)),
+        EXPECT_NE(svg.find(format("bubble %.1f %%", 100 * s.timeline.mean_bubble() / s.timeline.makespan)),
                   std::string::npos);
         size_t rank = 0;
         for (std::sregex_iterator at(svg.begin(), svg.end(), row), none; at != none; ++at, ++rank) {

@@ -15,13 +15,8 @@ inline int eval_command(const Config& c, Team& team) {
     team.processes().together([&] {
         check_memory(c, memory_plans(file.options(0)), 0,
                      [](int64_t) { return std::string("try smaller --chunk-tokens or --head-chunk"); });
-        const LoaderOptions options{c.data.packing == "documents" ? Packing::documents : Packing::contiguous,
-                                    file.model().context,
-                                    file.model().vocab,
-                                    Tokenizer(file.tokenizer_name()).end_of_text(),
-                                    0,
-                                    true};
-        loader.emplace(open_token_files(c.data.train), options);
+        const Tokenizer tokenizer(file.tokenizer_name());
+        loader.emplace(open_token_files(c.data.train), loader_options(c, file.model(), tokenizer, 0));
     });
     return team.run(int(c.parallel.ranks), double(c.parallel.hang_timeout), [&](Transport& transport) {
         Rank rank(file.options(transport.rank), transport);

@@ -31,7 +31,7 @@ public:
             throw Failure(EXIT_CHECKPOINT, directory_ + " has lost its " + manifest_name + " and cannot be verified");
         model_ = read_model_config(directory_);
         if (!c.data.tokenizer.empty()) tokenizer_ = c.data.tokenizer;
-        if (tokenizer_.empty()) tokenizer_ = model_.vocab == 257 ? "bytes" : "gpt2";
+        if (tokenizer_.empty()) tokenizer_ = tokenizer_of_vocab(model_.vocab);
         if (tokenizer_vocab(tokenizer_) > model_.vocab)
             throw Failure(EXIT_CONFIG, "the tokenizer " + tokenizer_ + " has " +
                                            std::to_string(tokenizer_vocab(tokenizer_)) + " tokens, the model in " +

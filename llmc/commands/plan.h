@@ -107,9 +107,9 @@ inline std::string memory_text(RankOptions options, int chunks) {
             rows.back().push_back(bytes_text(shipped));
             for (int64_t size : shown) rows.back().push_back(format("%.2f", double(size) / unit));
         }
-    return printed("activations: ranks %d, layers %lld, channels %lld, chunks %d of %lld tokens;\n", p,
-                   (long long)options.model.layers, (long long)options.model.channels, chunks,
-                   (long long)options.chunk_tokens) +
+    return format("activations: ranks %d, layers %lld, channels %lld, chunks %d of %lld tokens;\n", p,
+                  (long long)options.model.layers, (long long)options.model.channels, chunks,
+                  (long long)options.chunk_tokens) +
            "in bytes, of these weights that were sent, and in elements by token, channel, chunk and layer\n" +
            columns_text(rows) + refused;
 }
@@ -214,8 +214,8 @@ inline int plan_command(const Config& c, RankOptions options) {
 
     const PlannedTimes times = planned_times(c, step, cluster, [&] { return measure_matrix_peak(c.threads()); });
     const Timeline timeline = simulate(step.lists, step.input, times.op_ms, times.message_ms);
-    const Picture picture{printed("%s, ranks %d, layers %d, chunks %d", step.options.schedule_name().c_str(),
-                                  step.input.ranks, step.input.layers, chunks),
+    const Picture picture{format("%s, ranks %d, layers %d, chunks %d", step.options.schedule_name().c_str(),
+                                 step.input.ranks, step.input.layers, chunks),
                           planned_events(step.lists, timeline, [&](const Op& op) { return step.message_bytes(op); })};
     if (c.plan.draw == "-") {
         winsize size{};

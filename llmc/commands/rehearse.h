@@ -135,8 +135,8 @@ inline int rehearse_command(const Config& c, RankOptions options, Team& team) {
     team.processes().together([&] {
         if (!team.speaks()) return;
         const Rehearsal rehearsal(step, timeline, std::move(steps));
-        const std::string name = printed("%s, ranks %d, layers %d, chunks %d", step.options.schedule_name().c_str(), p,
-                                         step.input.layers, step.input.chunks);
+        const std::string name = format("%s, ranks %d, layers %d, chunks %d", step.options.schedule_name().c_str(), p,
+                                        step.input.layers, step.input.chunks);
         if (!c.run.trace.empty()) write_trace(c.run.trace, {"rehearsal of " + name, rehearsal.steps[rehearsal.median]});
         if (c.json) {
             std::printf("%s\n", rehearsal.json().c_str());

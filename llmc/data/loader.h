@@ -132,7 +132,7 @@ private:
 
 // The sequences of one step.
 struct Batch {
-    int64_t first_sample = 0, next_sample = 0;  // global sample indices [first_sample, next_sample)
+    int64_t next_sample = 0;  // global index of the first sample after these
     std::vector<Sample> sequences;
     int64_t tokens = 0, targets = 0;  // inputs, and targets that are not -1
 };
@@ -143,7 +143,7 @@ struct Batch {
 inline Batch next_batch(const Loader& loader, int64_t sample_index, int64_t batch_tokens,
                         int64_t end_sample = std::numeric_limits<int64_t>::max()) {
     Batch batch;
-    batch.first_sample = batch.next_sample = sample_index;
+    batch.next_sample = sample_index;
     while (batch.next_sample < end_sample) {
         Sample sample = loader.sample(batch.next_sample);
         const int64_t length = int64_t(sample.tokens.size());

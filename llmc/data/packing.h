@@ -38,9 +38,8 @@ inline std::vector<Chunk> make_chunks(const Batch& batch, int64_t chunk_tokens) 
 
 // A chunk's tokens as the kernels take them, segment after segment.
 struct ChunkTokens {
-    std::vector<int32_t> tokens, targets;   // [N]
-    std::vector<int32_t> positions;         // [N] place in the sequence, for the position embedding
-    std::vector<int64_t> cu_seqlens = {0};  // [segments + 1] where each segment begins, and N
+    std::vector<int32_t> tokens, targets;  // [N]
+    std::vector<int32_t> positions;        // [N] place in the sequence, for the position embedding
 };
 
 inline ChunkTokens gather_chunk(const Batch& batch, const Chunk& chunk) {
@@ -53,7 +52,6 @@ inline ChunkTokens gather_chunk(const Batch& batch, const Chunk& chunk) {
         append(flat.tokens, sample.tokens);
         append(flat.targets, sample.targets);
         for (int64_t i = segment.begin; i < segment.end; i++) flat.positions.push_back(int32_t(i));
-        flat.cu_seqlens.push_back(flat.cu_seqlens.back() + segment.end - segment.begin);
     }
     return flat;
 }

@@ -97,7 +97,6 @@ public:
         }
         return found;
     }
-    void check_vocabulary(int64_t vocab) const { scan(vocab, -1); }
 
 private:
     FileReader file;

@@ -34,7 +34,6 @@ public:
     const std::string& name() const { return called; }
     int64_t vocab() const { return ids_known; }
     int32_t end_of_text() const { return end_id; }
-    bool handles_text() const { return called == "bytes" || pairs; }
 
     // Ordinary text only: "<|endoftext|>" in it is text like any other.
     std::vector<int32_t> encode(std::string_view text) const {

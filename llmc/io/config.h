@@ -35,7 +35,7 @@ inline void fill_config(Config& c) {
             fill(c.model.context, preset->context);
             if (!from_elsewhere) fill(c.data.tokenizer, preset->tokenizer);
         }
-        if (from_elsewhere && c.model.vocab) fill(c.data.tokenizer, c.model.vocab < 50257 ? "bytes" : "gpt2");
+        if (from_elsewhere && c.model.vocab) fill(c.data.tokenizer, tokenizer_of_vocab(c.model.vocab));
         if (!from_elsewhere) fill(c.model.vocab, tokenizer_vocab(c.data.tokenizer));
     }
     if (c.command == "tokenize") fill(c.data.tokenizer, "bytes");

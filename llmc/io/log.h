@@ -14,13 +14,6 @@
 
 #include "llmc/io/metrics.h"
 
-template <class... Values>
-std::string format(const char* pattern, Values... values) {
-    char text[128];
-    std::snprintf(text, sizeof text, pattern, values...);
-    return text;
-}
-
 // "1.42 GiB"
 inline std::string bytes_text(int64_t bytes) {
     const char* const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};

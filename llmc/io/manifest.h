@@ -24,7 +24,7 @@ struct TrainingState {
     int64_t end_of_text = 0;    // its token
     std::string configuration;  // effective configuration, as TOML text
     nlohmann::json schedule;    // of the learning rate
-    nlohmann::json extra;       // outlier windows and whatever else the loop carries from step to step
+    nlohmann::json extra;       // what else the loop carries from step to step (`save` in train_gpt.cu)
 
     std::vector<std::string> notes;  // filled by load: what the reader should be told
 };

@@ -9,6 +9,7 @@
 
 // The tokens of a tokenizer, end-of-text included.
 inline int64_t tokenizer_vocab(const std::string& tokenizer) { return tokenizer == "gpt2" ? 50257 : 257; }
+inline std::string tokenizer_of_vocab(int64_t vocab) { return vocab < 50257 ? "bytes" : "gpt2"; }
 
 // The forward times of pre, attention and post that `plan --times` gives, in ms; none if the text is anything else.
 inline std::vector<double> forward_times(const std::string& text) {
@@ -29,8 +30,7 @@ inline int64_t planned_chunks(const Config& c) {
 }
 
 // "", or why a flag that only `schedule` has cannot be there. In a file it passes: the configuration of a run has all
-// flags, and serves under any schedule. `plan --print memory` shows all schedules,
-// and `auto` compares them.
+// flags, and serves under any schedule. `plan --print memory` shows all schedules, and `auto` compares them.
 inline std::string foreign_flag(const Config& c, const std::string& flag, const std::string& schedule) {
     const bool compares = c.parallel.schedule == "auto" || (!c.plan.cluster.empty() && !c.is_given("schedule"));
     const bool all_schedules = compares || (c.command == "plan" && c.plan.print == "memory");

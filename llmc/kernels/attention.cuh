@@ -75,16 +75,8 @@ using AttentionSegment = AttentionSegmentOf<floatX, floatS>;
 template <class S, class X>
 S attention_dot(const X* a, const X* b, int64_t n) {
     S sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += S(a[i]) * S(b[i]);
-    return sum;
-}
-
-// D_i of one head.
-template <class S, class X>
-S attention_delta_of(const X* d_out, const X* out, int64_t HS) {
-    S sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < HS; c++) sum += S(d_out[c]) * S(out[c]);
+    for (int64_t i = 0; i < n; i++) sum += S(a[i]) * S(b[i]);
     return sum;
 }
 
@@ -134,8 +126,8 @@ void attention_backward_reference(const Device& device, Matrix<X> dq, Matrix<con
             const X* dout_i = dout.row(row) + h * HS;
             const S p = std::exp(scale * attention_dot<S>(q.row(row) + h * HS, segment.k + key, HS) - lse.row(row)[h]);
             const S dp = attention_dot<S>(dout_i, segment.v + key, HS);
-            return {p, p * (dp - (delta.rows ? delta.row(row)[h]
-                                             : attention_delta_of<S>(dout_i, out.row(row) + h * HS, HS)))};
+            return {p,
+                    p * (dp - (delta.rows ? delta.row(row)[h] : attention_dot<S>(dout_i, out.row(row) + h * HS, HS)))};
         };
 #pragma omp parallel num_threads(device.threads)
         {
@@ -282,7 +274,7 @@ inline void attention_delta(const Device& device, Matrix<floatS> delta /*[N,NH]*
 #pragma omp parallel for schedule(static) num_threads(device.threads)
     for (int64_t i = 0; i < out.rows; i++)
         for (int64_t h = 0; h < delta.cols; h++)
-            delta.row(i)[h] = attention_delta_of<floatS>(d_out.row(i) + h * HS, out.row(i) + h * HS, HS);
+            delta.row(i)[h] = attention_dot<floatS>(d_out.row(i) + h * HS, out.row(i) + h * HS, HS);
 }
 
 #else
@@ -326,10 +318,6 @@ inline int64_t attention_key_tiles(std::span<const SegmentRows> rows) {
     int64_t tiles = 0;
     for (const SegmentRows& r : rows) tiles += ceil_div(r.context + r.length, ATTENTION_KEYS);
     return tiles;
-}
-// The most tiles that a chunk of so many tokens has, in a sequence of `context` tokens: each token may be a segment.
-inline int64_t attention_most_tiles(int64_t tokens, int64_t context) {
-    return 2 * tokens + ceil_div(context, ATTENTION_KEYS);
 }
 
 // The tiles of a chunk, on the host: those of queries, then those of keys. Blocks begin in this order, the ones with

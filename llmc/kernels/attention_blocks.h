@@ -30,17 +30,6 @@
 #include "llmc/kernels/attention_micro.h"
 #include "llmc/kernels/simd.h"
 
-// Hands out 64-byte aligned arrays; from null it only counts.
-struct AttentionCarver {
-    std::byte* at = nullptr;
-    template <class T>
-    T* take(int64_t count) {
-        T* array = reinterpret_cast<T*>(at);
-        at += round_up(count * int64_t(sizeof(T)), 64);
-        return array;
-    }
-};
-
 // While it lives, numbers below the smallest normal one are zeros: a multiplication by one that is not costs some
 // hundred cycles, and the tails of the softmax are full of them.
 struct FlushDenormals {
@@ -109,18 +98,18 @@ struct AttentionForward {
     struct Space {
         float *s, *o, *base, *total, *rows_out;
         Packed *q, *k, *v, *v_across, *pairs, *p;
-        Space(AttentionCarver& carver, int64_t width) {
-            s = carver.take<float>(block * panel);         // [block][panel] scores
-            o = carver.take<float>(group * width);         // per panel [width][panel]: output so far
-            base = carver.take<float>(group);              // what probabilities are relative to, as a power of two
-            total = carver.take<float>(group);             // running sum
-            rows_out = carver.take<float>(panel * width);  // [panel][width]
-            q = carver.take<Packed>(group * width);        // per panel [width][panel]
-            k = carver.take<Packed>(block * width);        // [block][width]
-            v = carver.take<Packed>(std::max(panel, block) * width);  // [block][width]; first a panel of q
-            v_across = Blocks::pairs ? carver.take<Packed>(block * width) : v;
-            pairs = Blocks::pairs ? carver.take<Packed>(block * width) : nullptr;
-            p = Blocks::pairs ? carver.take<Packed>(block * panel) : (Packed*)s;
+        Space(Allocator& memory, int64_t width) {
+            s = memory.take<float>(block * panel);         // [block][panel] scores
+            o = memory.take<float>(group * width);         // per panel [width][panel]: output so far
+            base = memory.take<float>(group);              // what probabilities are relative to, as a power of two
+            total = memory.take<float>(group);             // running sum
+            rows_out = memory.take<float>(panel * width);  // [panel][width]
+            q = memory.take<Packed>(group * width);        // per panel [width][panel]
+            k = memory.take<Packed>(block * width);        // [block][width]
+            v = memory.take<Packed>(std::max(panel, block) * width);  // [block][width]; first a panel of q
+            v_across = Blocks::pairs ? memory.take<Packed>(block * width) : v;
+            pairs = Blocks::pairs ? memory.take<Packed>(block * width) : nullptr;
+            p = Blocks::pairs ? memory.take<Packed>(block * panel) : (Packed*)s;
         }
     };
 
@@ -183,16 +172,16 @@ struct AttentionBackward {
     struct Space {
         float *s, *dp, *dk, *dv, *lse, *D, *sum, *rows_out;
         Packed *q, *q_across, *q_pairs, *dout, *dout_across, *dout_pairs, *k, *k_across, *v, *pairs, *p, *ds, *ds_pairs;
-        Space(AttentionCarver& carver, int64_t width) {
-            s = carver.take<float>(block * panel);                             // [block][panel] scores
-            dp = carver.take<float>((Blocks::pairs ? block : group) * panel);  // [block][panel]
-            dk = carver.take<float>(group * width);                            // [group][width]
-            dv = carver.take<float>(group * width);                            // [group][width]
-            lse = carver.take<float>(panel);
-            D = carver.take<float>(panel);
-            sum = carver.take<float>(panel * width);       // [width][panel] dq
-            rows_out = carver.take<float>(panel * width);  // [panel][width]
-            const auto packed = [&](int64_t count) { return carver.take<Packed>(count); };
+        Space(Allocator& memory, int64_t width) {
+            s = memory.take<float>(block * panel);                             // [block][panel] scores
+            dp = memory.take<float>((Blocks::pairs ? block : group) * panel);  // [block][panel]
+            dk = memory.take<float>(group * width);                            // [group][width]
+            dv = memory.take<float>(group * width);                            // [group][width]
+            lse = memory.take<float>(panel);
+            D = memory.take<float>(panel);
+            sum = memory.take<float>(panel * width);       // [width][panel] dq
+            rows_out = memory.take<float>(panel * width);  // [panel][width]
+            const auto packed = [&](int64_t count) { return memory.take<Packed>(count); };
             q = packed(panel * width), dout = packed(panel * width);                // [panel][width]
             q_across = packed(panel * width), dout_across = packed(panel * width);  // [width][panel]
             k = packed(group * width), v = packed(group * width);                   // [group][width]
@@ -281,13 +270,12 @@ struct AttentionBackward {
 template <class Blocks>
 size_t attention_blocks_scratch_bytes(int threads, int64_t HS, int heads, int64_t tokens) {
     const int64_t width = round_up(HS, Blocks::width_multiple);
-    AttentionCarver forward, backward;
+    Allocator forward, backward;
     typename AttentionForward<Blocks>::Space forward_space(forward, width);
     for (int i = 0; i < 2; i++) backward.take<float>(round_up(tokens, Blocks::backward_panel) * width);
     typename AttentionBackward<Blocks>::Space backward_space(backward, width);
     const size_t statistics = 2 * round_up(heads * tokens * sizeof(float), 64);
-    return std::max(threads * size_t(forward.at - (std::byte*)nullptr),
-                    threads * size_t(backward.at - (std::byte*)nullptr) + statistics);
+    return std::max(threads * size_t(forward.used), threads * size_t(backward.used) + statistics);
 }
 
 template <class Blocks>
@@ -297,15 +285,15 @@ void attention_forward_blocks(const Device& device, Matrix<floatX> out, Matrix<f
     const int64_t HS = q.cols / heads;
     const Forward forward{out, lse, q, HS, round_up(HS, Blocks::width_multiple)};
     const AttentionWork<false> work(segments, heads, device.threads, Forward::panel, Forward::group);
-    AttentionCarver counter;
+    Allocator counter;
     typename Forward::Space(counter, forward.width);
-    const size_t bytes = size_t(counter.at - (std::byte*)nullptr);
+    const size_t bytes = size_t(counter.used);
     std::byte* scratch = device.scratch_as<std::byte>(bytes * device.threads);
 #pragma omp parallel num_threads(device.threads)
     {
         const int thread = omp_get_thread_num();
-        AttentionCarver carver{scratch + thread * bytes};
-        const typename Forward::Space space(carver, forward.width);
+        Allocator own{scratch + thread * bytes};
+        const typename Forward::Space space(own, forward.width);
         const FlushDenormals flush;
         [[maybe_unused]] const typename Blocks::Thread setup;
         work.for_each_head([&](const AttentionSegment& s, int h, auto owner) {
@@ -323,22 +311,23 @@ void attention_backward_blocks(const Device& device, Matrix<floatX> dq, Matrix<c
     constexpr int64_t panel = Backward::panel;
     const int64_t HS = q.cols / heads, width = round_up(HS, Blocks::width_multiple), N = q.rows;
     const AttentionWork<true> work(segments, heads, device.threads, Backward::block, Backward::group);
-    AttentionCarver carver{
+    Allocator memory{
         device.scratch_as<std::byte>(attention_blocks_scratch_bytes<Blocks>(device.threads, HS, heads, N))};
-    float *lse_powers = carver.take<float>(heads * N), *D = carver.take<float>(heads * N);
-    AttentionCarver counter;
+    float *lse_powers = memory.take<float>(heads * N), *D = memory.take<float>(heads * N);
+    std::byte* const threads_memory = memory.base + memory.used;
+    Allocator counter;
     for (int i = 0; i < 2; i++) counter.take<float>(round_up(N, panel) * width);
     typename Backward::Space(counter, width);
-    const int64_t bytes = counter.at - (std::byte*)nullptr;
+    const int64_t bytes = counter.used;
     // dq sums of a thread: of heads that it begins, and of one that a thread before it began
     const auto sums = [&](int thread, bool began) {
-        return reinterpret_cast<float*>(carver.at + thread * bytes) + (began ? 0 : round_up(N, panel) * width);
+        return reinterpret_cast<float*>(threads_memory + thread * bytes) + (began ? 0 : round_up(N, panel) * width);
     };
     const Backward backward{dq, dout, q, lse_powers, D, HS, width};
 #pragma omp parallel num_threads(device.threads)
     {
         const int thread = omp_get_thread_num();
-        AttentionCarver own{carver.at + thread * bytes};
+        Allocator own{threads_memory + thread * bytes};
         for (int i = 0; i < 2; i++) own.take<float>(round_up(N, panel) * width);
         const typename Backward::Space space(own, width);
         const FlushDenormals flush;
@@ -346,8 +335,8 @@ void attention_backward_blocks(const Device& device, Matrix<floatX> dq, Matrix<c
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < N; i++)
             for (int h = 0; h < heads; h++) {
-                D[h * N + i] = delta.rows ? delta.row(i)[h]
-                                          : attention_delta_of<float>(dout.row(i) + h * HS, out.row(i) + h * HS, HS);
+                D[h * N + i] =
+                    delta.rows ? delta.row(i)[h] : attention_dot<float>(dout.row(i) + h * HS, out.row(i) + h * HS, HS);
                 lse_powers[h * N + i] = lse.row(i)[h] * float(std::numbers::log2e);
             }
         work.for_each_head([&](const AttentionSegment& s, int h, auto owner) {

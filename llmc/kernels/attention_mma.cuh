@@ -21,9 +21,8 @@
 //                      16 | mma | mma |
 //            16           +-----+-----+- -                         2t 2t+1
 //         +-------+       +-----+-----+- -                    g    0   1       Two of these side by side, rounded to
-//      16 | left  |    16 | sums|     |                      g+8   2   3       bf16, are what the lane holds of a left
-//         +-------+       +-----+-----+- -                                     operand 16 x 16: S becomes P in
-//         registers.
+//      16 | left  |    16 | sums|     |                      g+8   2   3       bf16, are the lane's part of a left
+//         +-------+       +-----+-----+- -                                     operand 16 x 16: so S becomes P.
 //      16 |       |    16 |     |     |
 //         +-------+       +-----+-----+- -                 16 M rows share what is read of the right operand.
 //
@@ -37,7 +36,7 @@ constexpr int KEYS_AT_ONCE = 32, QUERIES_AT_ONCE = 64;                          
 constexpr int WARP_QUERIES = ATTENTION_QUERIES / 4, WARP_KEYS = ATTENTION_KEYS / 4;  // that stay, of one warp
 static_assert(ATTENTION_QUERIES == ATTENTION_THREADS && 2 * QUERIES_AT_ONCE == ATTENTION_THREADS,
               "each thread copies lse and D of one query, or one of the two");
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+constexpr float LN_2 = 0.693147181f;
 
 // A tile [rows, W] in shared memory.
 template <int W>
@@ -57,17 +56,6 @@ template <int W>
 constexpr size_t attention_backward_keys_bytes = tile_size<W>(2 * ATTENTION_KEYS + 2 * 2 * QUERIES_AT_ONCE) *
                                                      sizeof(bf16) +
                                                  2 * 2 * QUERIES_AT_ONCE * sizeof(float);
-
-// 2^x to two units in the last place, numbers below the smallest normal one as zero.
-__device__ inline float power_of_two(float x) {
-#ifdef __CUDA_ARCH__
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return exp2f(x);
-#endif
-}
 
 // The block begins to copy up to ROWS rows to a tile; what lies outside them or the head becomes zero.
 template <int W, int ROWS>

@@ -57,17 +57,6 @@ inline void classifier_forward_backward(const Device& device, floatS* losses /*[
 
 #else
 
-// e^x for x <= 0 to 1e-6, 0 below -87.
-__device__ inline float fast_exp_nonpositive(float x) {
-#ifdef __CUDA_ARCH__
-    float y;  // __expf(x) would take twice as many instructions to get results below 1e-38 right
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
-    return y;
-#else
-    return expf(x);
-#endif
-}
-
 // A block has a row, a thread the packs of 8 columns threadIdx.x, threadIdx.x + blockDim.x, ... The first pass keeps
 // the row in shared memory where it fits (keep_row), so that a logit is read from memory once and its gradient written
 // once (4 bytes per element in bf16); longer rows are read again, in part from the cache.
@@ -117,7 +106,7 @@ __global__ void __launch_bounds__(512, 2)
         top = new_top;
     }
     const float row_top = block_max(top, sums);
-    total = block_sum(total * fast_exp_nonpositive(top - row_top), sums + WARP);
+    total = block_sum(total * power_of_two(LOG2_E * (top - row_top)), sums + WARP);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) - (x_target - row_top);
     if (!want_gradient) return;
 
@@ -126,7 +115,7 @@ __global__ void __launch_bounds__(512, 2)
     for (int c = first; c < padded; c += step) {
         Floats g = load(from + c);  // in the padding anything
 #pragma unroll
-        for (int k = 0; k < PACK; k++) g[k] = fast_exp_nonpositive(g[k] - row_top) * scale;
+        for (int k = 0; k < PACK; k++) g[k] = power_of_two(LOG2_E * (g[k] - row_top)) * scale;
         if (c + PACK > columns || c / PACK == target / PACK)
 #pragma unroll
             for (int k = 0; k < PACK; k++) g[k] = c + k >= columns ? 0 : c + k == target ? g[k] - dloss : g[k];

@@ -91,12 +91,6 @@ struct CudnnTable {
     }
 };
 
-// The most words that the table of a chunk has. Every token may be a segment, and only a last call has copies; of a
-// class of lengths, at most three calls, or 129 of the shortest.
-inline int64_t cudnn_table_words(const CudnnShape& shape) {
-    return 5 * (shape.chunk_tokens + ceil_div(shape.chunk_tokens, 128) + 1) + 256 * CudnnTable(1).words;
-}
-
 // `segments` are SegmentRows (attention.cuh).
 template <class Rows>
 CudnnChunk cudnn_chunk(const CudnnShape& shape, std::span<const Rows> segments) {
@@ -170,8 +164,8 @@ public:
 
     // Builds the plans of all buckets, for the device that is current: about 2 s a bucket with the backward pass.
     explicit CudnnAttention(const CudnnShape& shape);
-    // Only asks cuDNN whether it has them, for a device of these properties (cuDNN's JSON) and
-    // architecture (90 for sm_90). It needs no GPU.
+    // Only asks cuDNN whether it has them, for a device of these properties (cuDNN's JSON) and architecture (90 for
+    // sm_90). It needs no GPU.
     CudnnAttention(const CudnnShape& shape, const std::string& device_properties, int architecture);
     ~CudnnAttention();
 

@@ -11,12 +11,7 @@
 // Rows beyond the matrix repeat its last row and are never written out; depth beyond the end is packed as zeros.
 #pragma once
 
-// g++ 12 takes the undefined operand inside many of its own AVX-512 intrinsics for an uninitialised variable.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
-#pragma GCC diagnostic pop
 
 #include <algorithm>
 #include <type_traits>

@@ -168,8 +168,3 @@ int64_t first_nonfinite(const Device& device, const T* x /*[n]*/, int64_t n) {
 }
 
 #endif
-
-template <class T>
-bool all_finite(const Device& device, const T* x /*[n]*/, int64_t n) {
-    return first_nonfinite(device, x, n) < 0;
-}

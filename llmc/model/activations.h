@@ -14,23 +14,6 @@ struct BuildTypes {
     using S = floatS;
 };
 
-// Hands out 64-byte aligned views from a block of memory. Without a block it only counts.
-struct Allocator {
-    std::byte* base = nullptr;
-    int64_t used = 0;  // bytes
-
-    template <class T>
-    T* take(int64_t count) {
-        T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-        used += round_up(count * int64_t(sizeof(T)), 64);
-        return p;
-    }
-    template <class T>
-    Matrix<T> take(int64_t rows, int64_t cols) {
-        return {take<T>(rows * cols), rows, cols};
-    }
-};
-
 template <class Tensors, class... Arguments>
 int64_t bytes_of(const Arguments&... arguments) {
     Allocator counter;

@@ -33,7 +33,7 @@ struct BlockContext {
     const Device& device;
     const GptConfig& config;
     Allocator workspace;    // passed by value: every op starts with all of it
-    int64_t mlp_chunk = 0;  // rows at a time in pre and post, 0 = all
+    int64_t mlp_chunk = 0;  // rows at a time in post and in the backward of pre, 0 = all
     int64_t head_chunk = 0;
 };
 

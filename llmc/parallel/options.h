@@ -1,12 +1,20 @@
-// From the configuration to the options of a rank.
+// From the configuration to the options of a loader and of a rank.
 #pragma once
 
+#include "llmc/data/loader.h"
+#include "llmc/data/tokenizer.h"
 #include "llmc/io/flags.h"
 #include "llmc/parallel/rank.h"
 
 inline GptConfig model_of(const Config& c) {
     const auto& m = c.model;
     return {m.layers, m.channels, m.heads, m.context, m.vocab, round_up(m.vocab, 64), !m.untied};
+}
+
+inline LoaderOptions loader_options(const Config& c, const GptConfig& model, const Tokenizer& tokenizer,
+                                    uint64_t seed) {
+    const Packing packing = c.data.packing == "documents" ? Packing::documents : Packing::contiguous;
+    return {packing, model.context, model.vocab, tokenizer.end_of_text(), seed};
 }
 
 inline Recompute recompute_of(const Config& c) {
@@ -65,6 +73,7 @@ inline RankOptions rank_options(const Config& c, const GptConfig& model, bool tr
     const int64_t sharers = c.launch.ranks > 1 ? c.launch.local_ranks : parallel.ranks;
     options.memory_limit = c.compute.memory / sharers;
     options.no_master = c.compute.no_master;
+    if (c.data.packing == "contiguous") options.shortest_sequence = model.context;
 #ifdef USE_CUDA
     options.deterministic = c.compute.deterministic;
     options.attention_workspace = c.compute.attention_workspace;

@@ -67,12 +67,6 @@ struct PlannedStep {
     Plan plan_of(int rank, int64_t enough = 0) const {
         return make_plan(lists[size_t(rank)], chunks, options.model, rules(), sizes.tensor, enough);
     }
-    // Of the rank that needs most.
-    int64_t largest_arena() const {
-        int64_t largest = 0;
-        for (int r = 0; r < input.ranks; ++r) largest = std::max(largest, plan_of(r, largest).size.bytes);
-        return largest;
-    }
     OpCosts costs(const Cluster& cluster) const { return costs(cluster, chunk_works(options.model, chunks)); }
     OpCosts costs(const Cluster& cluster, const std::vector<ChunkWork>& works) const {
         return {cluster,
@@ -122,8 +116,8 @@ inline PlannedStep planned_on(const Cluster& cluster, const RankOptions& o, int 
 }
 
 // What a step takes besides its ops, in ms: the sums of gradients that several ranks hold, and the optimizer, which
-// reads and writes 36 bytes a parameter: gradient (cleared, normed, read), master weight and two moments; 4 fewer where
-// the weight is in bf16 alone.
+// reads and writes 36 bytes a parameter: gradient (cleared, normed, read), master weight and two moments. With weights
+// in bf16 it writes these, too: 38; where there are no others, 32.
 inline double update_ms(const Cluster& cluster, const PlannedStep& step) {
     double slowest = 0;
     for (int r = 0; r < step.input.ranks; ++r) {
@@ -132,7 +126,7 @@ inline double update_ms(const Cluster& cluster, const PlannedStep& step) {
         double shared = 0;  // bytes that leave the rank
         for (const SharedParameter& p : o.shared_parameters())
             shared += 2.0 * double(p.size) * 4 * double(p.holders.size() - 1) / double(p.holders.size());
-        const double bytes = o.no_master ? 32 : 36;
+        const double bytes = o.no_master ? 32 : step.sizes.x == step.sizes.s ? 36 : 38;
         const double optimizer = bytes * double(flat_size(o.parameters())) / (1e6 * cluster.memory_bandwidth);
         const LinkSpeed& link = cluster.link(0, step.input.ranks - 1);
         slowest = std::max(slowest, (optimizer + shared / (1e6 * link.bandwidth)) / cluster.tp);

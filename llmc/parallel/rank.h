@@ -52,6 +52,7 @@ struct RankOptions {
     int64_t memory_limit = 0;   // bytes of the rank, for recompute `automatic`
     bool output_again = false;  // helix: attention outputs come again, not D, as they do where cuDNN attends
     bool no_master = false;     // no weights in floatS beside those in floatX: the optimizer rounds stochastically
+    int64_t shortest_sequence = 1;
 #ifdef USE_CUDA
     bool cudnn = true;           // where the program has it
     bool deterministic = false;  // the same bits every time; cuDNN's backward pass wants memory for that,
@@ -123,7 +124,7 @@ struct RankOptions {
 inline CudnnShape cudnn_shape(const RankOptions& o) {
     CudnnShape shape;
     shape.heads = o.model.heads, shape.head_size = o.model.head_size();
-    shape.context = o.model.context, shape.chunk_tokens = o.chunk_tokens;
+    shape.context = o.model.context, shape.chunk_tokens = o.chunk_tokens, shape.shortest = o.shortest_sequence;
     shape.backward = o.training, shape.deterministic = o.deterministic;
     return shape;
 }

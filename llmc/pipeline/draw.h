@@ -122,22 +122,9 @@ struct TimeAxis {
     }
 };
 
-// printf to a string of any length.
-[[gnu::format(printf, 1, 2)]] inline std::string printed(const char* pattern, ...) {
-    va_list arguments, again;
-    va_start(arguments, pattern);
-    va_copy(again, arguments);
-    std::string text(size_t(std::vsnprintf(nullptr, 0, pattern, arguments)) + 1, '\0');
-    std::vsnprintf(text.data(), text.size(), pattern, again);
-    va_end(arguments);
-    va_end(again);
-    text.pop_back();
-    return text;
-}
-
 inline std::string headline(const Picture& picture, const TimeAxis& axis) {
     return picture.title +
-           printed(": %.4g %s, bubble %.1f %%", (axis.end - axis.start) / axis.unit, axis.unit_name, 100 * axis.bubble);
+           format(": %.4g %s, bubble %.1f %%", (axis.end - axis.start) / axis.unit, axis.unit_name, 100 * axis.bubble);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -164,21 +151,21 @@ inline std::string svg_style() {
         ".send{fill:#8250df}\n.receive{fill:#1f9d8a}\n";
     for (int n = 0; n < look_count; ++n) {
         const LookStyle& look = style_of(Look(n));
-        style += printed(".%c0{fill:%s}.%c1{fill:%s}.%c{fill:%s}\n", look.letter, look.fills[0], look.letter,
-                         look.fills[1], look.letter, look.ink);
+        style += format(".%c0{fill:%s}.%c1{fill:%s}.%c{fill:%s}\n", look.letter, look.fills[0], look.letter,
+                        look.fills[1], look.letter, look.ink);
     }
     return style + "</style>\n";
 }
 
 inline std::string svg_text(const std::string& kind, double x, double y, const std::string& content) {
-    return printed("<text class=\"%s\" x=\"%.1f\" y=\"%.1f\">", kind.c_str(), x, y) + xml_text(content) + "</text>\n";
+    return format("<text class=\"%s\" x=\"%.1f\" y=\"%.1f\">", kind.c_str(), x, y) + xml_text(content) + "</text>\n";
 }
 
 // Nothing where it is too thin to be seen.
 inline std::string svg_rectangle(const std::string& kind, double x0, double x1, double y, double height) {
     const double a = std::round(x0 * 10) / 10, b = std::round(x1 * 10) / 10;
     if (b <= a) return "";
-    return printed("<path class=\"%s\" d=\"M%.1f %.1fh%.1fv%.1fh%.1fz\"/>\n", kind.c_str(), a, y, b - a, height, a - b);
+    return format("<path class=\"%s\" d=\"M%.1f %.1fh%.1fv%.1fh%.1fz\"/>\n", kind.c_str(), a, y, b - a, height, a - b);
 }
 
 inline std::string svg_picture(const Picture& picture) {
@@ -189,13 +176,13 @@ inline std::string svg_picture(const Picture& picture) {
     std::set<std::string> seen;  // for the legend
 
     std::string svg = "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"1000\" ";
-    svg += printed("viewBox=\"0 0 1000 %.0f\">\n", bottom + 42) + svg_style();
+    svg += format("viewBox=\"0 0 1000 %.0f\">\n", bottom + 42) + svg_style();
     svg += svg_text("title", left, 22, headline(picture, axis));
     for (double time : axis.ticks()) {
-        svg += printed("<path class=\"grid\" d=\"M%.1f %.1fV%.1f\"/>\n", x_of(time), top, bottom);
-        svg += svg_text("tick", x_of(time), bottom + 16, printed("%.4g", time / axis.unit));
+        svg += format("<path class=\"grid\" d=\"M%.1f %.1fV%.1f\"/>\n", x_of(time), top, bottom);
+        svg += svg_text("tick", x_of(time), bottom + 16, format("%.4g", time / axis.unit));
     }
-    svg += svg_text("tick", left + width / 2, bottom + 34, printed("time in %s; numbers are chunks", axis.unit_name));
+    svg += svg_text("tick", left + width / 2, bottom + 34, format("time in %s; numbers are chunks", axis.unit_name));
 
     for (size_t r = 0; r < picture.ranks.size(); ++r) {
         const double y = top + pitch * double(r) + (pitch - height) / 2, middle = y + height / 2;
@@ -215,11 +202,11 @@ inline std::string svg_picture(const Picture& picture) {
                     svg_rectangle(look + (box.chunk % 2 ? "1" : "0"), x_of(piece.start), x_of(piece.end), y, height);
             }
             if (scale * length(*widest) > 6.5 * double(chunk.size()) + 1)
-                pieces += svg_text(printed("chunk %c", style_of(widest->look).letter),
+                pieces += svg_text(format("chunk %c", style_of(widest->look).letter),
                                    x_of((widest->start + widest->end) / 2), middle + 4, chunk);
             if (pieces.empty()) continue;
-            svg += printed("<g><title>chunk %d %s: %.4g to %.4g %s</title>\n", box.chunk, passes[int(box.pass)],
-                           box.pieces.front().start / axis.unit, box.pieces.back().end / axis.unit, axis.unit_name);
+            svg += format("<g><title>chunk %d %s: %.4g to %.4g %s</title>\n", box.chunk, passes[int(box.pass)],
+                          box.pieces.front().start / axis.unit, box.pieces.back().end / axis.unit, axis.unit_name);
             svg += pieces + "</g>\n";
         }
         // Thin lines: sends above the boxes, receives below, waits between them. Where several overlap, they are one.
@@ -264,7 +251,7 @@ inline std::string terminal_picture(const Picture& picture, bool color, int colu
     const double cell_time = (axis.end - axis.start) / double(cells);
     const auto paint = [&](const std::string& text, Look look, int chunk) {
         const LookStyle& style = style_of(look);
-        return color ? printed("\033[48;5;%d;38;5;%dm", style.terminal_fills[size_t(chunk % 2)], style.terminal_ink) +
+        return color ? format("\033[48;5;%d;38;5;%dm", style.terminal_fills[size_t(chunk % 2)], style.terminal_ink) +
                            text + "\033[0m"
                      : text;
     };
@@ -310,7 +297,7 @@ inline std::string terminal_picture(const Picture& picture, bool color, int colu
     std::string ticks;
     for (double time : axis.ticks()) {
         const size_t at = size_t(std::max(0.0, (time - axis.start) / cell_time));
-        const std::string tick = printed("|%.4g %s", time / axis.unit, axis.unit_name);
+        const std::string tick = format("|%.4g %s", time / axis.unit, axis.unit_name);
         if (at >= ticks.size() + !ticks.empty() && at + tick.size() <= cells) ticks = pad(ticks, at) + tick;
     }
     out += pad("", margin) + ticks + "\n" + pad("", margin);

@@ -70,12 +70,11 @@ inline void reduce_cases(Cases& cases) {
     const auto find = [&](const std::string& types, auto type) {
         using T = decltype(type);
         for (const int64_t n : lengths) {
-            std::vector<double> found, finite;
+            std::vector<double> found;
             std::vector<float> values = normal_values(4, n, 1e30f);
             const auto look = [&] {
                 const DeviceArray<T> x(device, values);
                 found.push_back(double(first_nonfinite(device, x.data(), n)));
-                finite.push_back(all_finite(device, x.data(), n));
             };
             look();
             for (const int64_t place : {n - 1, n / 2, n / 3, int64_t(0)})  // the earlier is to be found, each time
@@ -84,7 +83,6 @@ inline void reduce_cases(Cases& cases) {
                     look();
                 }
             cases.record("first_nonfinite " + types, "n=" + std::to_string(n), found, EXACT);
-            cases.record("all_finite " + types, "n=" + std::to_string(n), finite, EXACT);
         }
     };
     find("floatS", floatS());
