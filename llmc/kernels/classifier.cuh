@@ -97,12 +97,12 @@ __global__ void __launch_bounds__(512, 2)
 #pragma unroll
             for (int k = 0; k < PACK; k++) new_top = fmaxf(new_top, x[j][k]);
         }
-        total *= fast_exp_nonpositive(top - new_top);
+        total *= power_of_two(LOG2_E * (top - new_top));
 #pragma unroll
         for (int j = 0; j < ahead; j++)
             if (begin + j * step < columns)
 #pragma unroll
-                for (int k = 0; k < PACK; k++) total += fast_exp_nonpositive(x[j][k] - new_top);
+                for (int k = 0; k < PACK; k++) total += power_of_two(LOG2_E * (x[j][k] - new_top));
         top = new_top;
     }
     const float row_top = block_max(top, sums);

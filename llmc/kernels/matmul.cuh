@@ -20,6 +20,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 
 #include "llmc/device.h"
 
@@ -237,6 +238,12 @@ inline size_t matmul_scratch_bytes(int /*threads*/) { return MATMUL_WORKSPACE_BY
 template <class T>
 constexpr cudaDataType cuda_type = std::is_same_v<T, bf16> ? CUDA_R_16BF : CUDA_R_32F;
 
+// Chunks of packed documents differ in their number of tokens. Those of a class, of which each power of two has eight,
+// use the same algorithms; this is the largest number of the class that n is in.
+inline int64_t token_class(int64_t n) {
+    return round_up(n, std::max<int64_t>(1, int64_t(std::bit_floor(uint64_t(n))) / 8));
+}
+
 // out [rows, cols] = left(rows, depth) right(depth, cols) in row-major terms. An operand is transposed if it lies the
 // other way round: left as [depth, rows], right as [cols, depth].
 template <class Out>
@@ -255,6 +262,14 @@ struct Product {
         if (gelu_input.data) return CUBLASLT_EPILOGUE_DGELU;
         if (gelu) return pre_activation.data ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_BIAS;
         return bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    }
+    // This product with the most tokens of their class. They are the depth in gradients of weights, else the rows.
+    Product of_token_class() const {
+        Product p = *this;
+        p.left.rows = token_class(left.rows);
+        (left_transposed ? p.right.rows : p.out.rows) = p.left.rows;
+        if (addend.data) p.addend.rows = p.out.rows;
+        return p;
     }
     // Products with equal keys run the same algorithm.
     MatmulKey key() const {
@@ -347,6 +362,14 @@ inline std::vector<FoundAlgorithm> find_algorithms(const Device& device, const M
     return found;
 }
 
+// Whether an algorithm that was found for the class of a product can run the product itself.
+inline bool can_run(const Device& device, const MatmulDescription& m, const cublasLtMatmulAlgo_t& algorithm) {
+    cublasLtMatmulHeuristicResult_t result{};
+    return cublasLtMatmulAlgoCheck(device.blas, m.product, m.a, m.b, m.c, m.d, &algorithm, &result) ==
+               CUBLAS_STATUS_SUCCESS &&
+           result.workspaceSize <= MATMUL_WORKSPACE_BYTES;
+}
+
 // Whether cuBLASLt has run the product.
 template <class Out>
 bool try_multiply(const Device& device, const Product<Out>& p) {
@@ -360,20 +383,26 @@ bool try_multiply(const Device& device, const Product<Out>& p) {
         CUBLAS_CHECK(cublasLtMatmul(device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, c, m.c,
                                     p.out.data, m.d, &algorithm, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES),
                                     MATMUL_WORKSPACE_BYTES, device.stream));
+        return true;
     };
-    const auto [known, is_new] = device.algorithms->try_emplace(p.key());
-    if (is_new) {
+
+    const Product<Out> largest = p.of_token_class();
+    const auto [known, is_new] = device.algorithms->try_emplace(largest.key());
+    auto& algorithm = known->second;
+    if (is_new && device.tune_products) {
         double least = std::numeric_limits<double>::infinity();
-        for (const FoundAlgorithm& f : find_algorithms(device, m, device.tune_products ? 8 : 1)) {
-            const cublasLtMatmulAlgo_t& algorithm = f.result.algo;
-            const double seconds =
-                device.tune_products ? best_seconds_on_gpu(device.stream, 3, [&] { run(algorithm); }) : 0;
-            if (seconds < least) least = seconds, known->second = algorithm;
+        for (const FoundAlgorithm& f : find_algorithms(device, MatmulDescription(largest), 8)) {
+            if (!can_run(device, m, f.result.algo)) continue;
+            const double seconds = best_seconds_on_gpu(device.stream, 3, [&] { run(f.result.algo); });
+            if (seconds < least) least = seconds, algorithm = f.result.algo;
         }
+    } else if (is_new) {  // the first choice for the class, whichever of its products is the first
+        for (const FoundAlgorithm& f : find_algorithms(device, MatmulDescription(largest), 1))
+            algorithm = f.result.algo;
     }
-    if (!known->second) return false;
-    run(*known->second);
-    return true;
+    if (algorithm && can_run(device, m, *algorithm)) return run(*algorithm);
+    for (const FoundAlgorithm& f : find_algorithms(device, m, 1)) return run(f.result.algo);
+    return false;
 }
 
 // What an epilogue would have done, where cuBLASLt has none for the type or shape: a thread for 8 neighbours.

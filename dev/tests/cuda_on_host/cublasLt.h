@@ -137,6 +137,16 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     return CUBLAS_STATUS_SUCCESS;
 }
 
+// Whether an algorithm that was found for one shape runs another: here always, but for 33 rows or a depth of 33.
+inline cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
+                                              cublasLtMatrixLayout_t a_layout, cublasLtMatrixLayout_t,
+                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t d_layout,
+                                              const cublasLtMatmulAlgo_t*, cublasLtMatmulHeuristicResult_t* result) {
+    const int64_t depth = desc->op_a == CUBLAS_OP_T ? a_layout->rows : a_layout->cols;
+    *result = {};
+    return depth == 33 || d_layout->cols == 33 ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS;
+}
+
 // D = epilogue(alpha op(A) op(B) + beta C)
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha, const void* a,
                                      cublasLtMatrixLayout_t a_layout, const void* b, cublasLtMatrixLayout_t b_layout,
