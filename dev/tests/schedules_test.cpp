@@ -54,7 +54,7 @@ struct Times {
 double no_time(const Op&, int) { return 0; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The examples of the specification
+// Examples worked out by hand
 
 TEST(Helix, WorkedExampleOfTwoRanks) {
     const ScheduleInput in{2, 4, 4, 2};

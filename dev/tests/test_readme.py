@@ -1,5 +1,5 @@
 """Every command of README.md, in its order, in a copy of the tree; `make run` with few steps. Left out: `make test`,
-which is what runs this."""
+which is what runs this. And the maps: every file has a line."""
 import os
 import re
 import shutil
@@ -39,8 +39,26 @@ def test_command(tree, command):
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
+def test_headings_are_unique():
+    headings = re.findall(r"^#+ (.*)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(headings) == sorted(set(headings))
+
+
 def test_every_file_of_llmc_is_on_the_map():
     text = (ROOT / "llmc/README.md").read_text()
     named = set(re.findall(r"`([\w/]+\.(?:h|cuh))`", text))
     files = {path.name for path in (ROOT / "llmc").rglob("*") if path.suffix in (".h", ".cuh")}
     assert {Path(name).name for name in named} == files
+
+
+def test_every_program_and_header_of_dev_is_on_the_map():
+    """A row names files of the directory in the heading above it."""
+    named, directory = [], None
+    for line in (ROOT / "dev/README.md").read_text().splitlines():
+        if heading := re.match(r"### `([\w/.]+)/`", line):
+            directory = ROOT / "dev" / heading[1]
+        elif row := re.match(r"\| (`.*?`) \| ", line):
+            named += [directory / name for name in re.findall(r"`(.*?)`", row[1])]
+    files = [path for path in (ROOT / "dev").rglob("*")
+             if path.suffix in (".cpp", ".cu", ".h", ".py", ".sh") or path.is_file() and os.access(path, os.X_OK)]
+    assert sorted(named) == sorted(files)
