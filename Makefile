@@ -58,7 +58,7 @@ FRONT_END := $(firstword $(CUDNN_FRONTEND) $(patsubst %/cudnn_frontend.h,%,$(wil
 compiles   = $(shell printf '\043$(1)' | $(CXX) -std=c++20 -x c++ - -x none -o /dev/null $(2) 2>/dev/null && echo yes)
 ifeq ($(DEVICE),cuda)
 HAS_NCCL  := $(if $(NO_NCCL),,$(call compiles,include <nccl.h>\nint main() { return ncclGetVersion(nullptr); },$(CUDA_PATHS) -lnccl))
-HAS_CUDNN := $(if $(NO_CUDNN),,$(call compiles,include <cudnn.h>\n\043include <cudnn_frontend_version.h>\nstatic_assert(CUDNN_VERSION >= 90600);int main() {},$(FRONT_END:%=-isystem %) $(CUDA_PATHS)))
+HAS_CUDNN := $(if $(NO_CUDNN),,$(call compiles,include <cudnn.h>\n\043include <cudnn_frontend_version.h>\nstatic_assert(CUDNN_VERSION >= 91800);int main() {},$(FRONT_END:%=-isystem %) $(CUDA_PATHS)))
 $(if $(HAS_NCCL),,$(info No NCCL: ranks exchange through host memory, or within one GPU.))
 $(if $(HAS_CUDNN),,$(info No cuDNN or front end (scripts/setup.sh --cuda): our own attention, slower, takes its place.))
 endif

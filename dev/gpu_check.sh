@@ -7,6 +7,7 @@
 #   dev/gpu_check.sh sanitize     compute-sanitizer on our own kernels
 #   dev/gpu_check.sh bench-short  speed of every kernel and of whole steps against PyTorch, sequences of 1024 tokens
 #   dev/gpu_check.sh bench-long   the same for 32768 and 131072 tokens
+#                                 (bench-short 2: the second of its cases alone; a case takes 3 to 6 minutes)
 #
 # Programs that are missing are built first, which takes minutes; PREBUILT=1 takes them as they are. DEPS=DIR names a
 # directory of headers where no package can be installed (with cudnn_frontend.h in it, that of cuDNN's front end, too).
@@ -156,9 +157,10 @@ bench-short | bench-long)
     else
         cases=("7b, 8 layers 1x32768" "7b, 4 layers 1x131072" "7b, 8 layers 1x131072") steps=3
     fi
+    [ -n "${2:-}" ] && cases=("${cases[$2 - 1]}")
     [ "$device" = cuda ] || cases=("small 2x8") steps=2
     for name in "${cases[@]}"; do
-        if timeout 300 dev/bench/gpu_vs_torch --device "$device" --case "$name" --steps $steps --json 2>&1 |
+        if timeout -k 10 540 dev/bench/gpu_vs_torch --device "$device" --case "$name" --steps $steps --json 2>&1 |
             tee -a "$log" | grep tokens_per_second; [ "${PIPESTATUS[0]}" = 0 ]; then
             echo "passed  $name was measured"
         else

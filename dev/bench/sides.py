@@ -58,7 +58,7 @@ class Ours:
         while len(self.steps()) < count:
             if self.process.poll() is not None:
                 command = " ".join(self.process.args)
-                sys.exit(f"{command}\nended with {self.process.returncode}:\n{self.log.read_text()}")
+                raise RuntimeError(f"{command}\nended with {self.process.returncode}:\n{self.log.read_text()}")
             time.sleep(0.002)
 
     def stop(self):

@@ -55,7 +55,7 @@ CHUNKS = [{"mlp_chunk": 0, "head_chunk": 0}, {"mlp_chunk": 7, "head_chunk": 5}]
 
 def show(capsys, text):
     with capsys.disabled():
-        print(text, flush=True)
+        print(text, file=sys.stderr, flush=True)  # the standard output of parallel workers is lost
 
 
 @pytest.mark.parametrize("name", CASES)

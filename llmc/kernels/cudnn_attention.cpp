@@ -24,16 +24,29 @@ static std::string loaded_version() {
     return std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." + std::to_string(v % 100);
 }
 
+// Before, the backward pass of segments that lie one behind the other was wrong at times on Hopper GPUs.
+constexpr size_t CUDNN_LEAST = 91800;
+
 static std::string load_cudnn() {
     const std::string name = "libcudnn.so." + std::to_string(CUDNN_MAJOR);
     fe::cudnn_dlhandle = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!fe::cudnn_dlhandle) return name + " cannot be loaded: " + dlerror();
-    if (fe::detail::get_backend_version() < 90600)
-        return "cuDNN " + loaded_version() + " was found, its attention is used from 9.6 on";
-    // With which cuDNN compiles its plans, and without which building them fails.
+    if (fe::detail::get_backend_version() < CUDNN_LEAST)
+        return "cuDNN " + loaded_version() + " was found, its attention is used from 9.18 on";
+    // With the first cuDNN compiles its plans, with the second its front end runs them.
     const std::string compiler = "libnvrtc.so." + std::to_string(CUDART_VERSION / 1000);
-    if (!dlopen(compiler.c_str(), RTLD_NOW | RTLD_LOCAL))
-        return compiler + ", which cuDNN needs, cannot be loaded: " + dlerror();
+    const std::string runtime = "libcudart.so." + std::to_string(CUDART_VERSION / 1000);
+    for (const std::string& library : {compiler, runtime})
+        if (!dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL))
+            return library + ", which cuDNN needs, cannot be loaded: " + dlerror();
+    setenv("CUDNN_FRONTEND_CUDART_LIB_NAME", runtime.c_str(), 0);
+    // On the GPU, where there is one.
+    int gpu = 0, major = 0;
+    if (cudaGetDevice(&gpu) == cudaSuccess &&
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu) == cudaSuccess &&
+        (major < 9 || major == 12))
+        return "cuDNN has no backward pass for segments of any length on GPUs of compute capability " +
+               std::to_string(major) + ".x";
     return "";
 }
 

@@ -340,7 +340,8 @@ inline std::vector<FoundAlgorithm> find_algorithms(const Device& device, const M
     cublasLtMatmulPreference_t preference = nullptr;
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     const size_t workspace = MATMUL_WORKSPACE_BYTES;
-    const uint32_t alignment = 16;  // of rows anywhere in a matrix
+    const uint32_t alignment = 16;                                      // of rows anywhere in a matrix
+    const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;  // sums of parts of the depth stay in fp32
     std::vector<FoundAlgorithm> found(static_cast<size_t>(most));
     int count = 0;
     cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
@@ -349,6 +350,7 @@ inline std::vector<FoundAlgorithm> find_algorithms(const Device& device, const M
             status = cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value);
     };
     set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace);
+    set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reduction);
     for (const auto operand : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
         set(operand, alignment);
@@ -379,11 +381,12 @@ bool try_multiply(const Device& device, const Product<Out>& p) {
     const MatmulDescription m(p);
     const float one = 1, beta = p.addend.data ? 1 : 0;
     const Out* c = p.addend.data ? p.addend.data : p.out.data;
-    const auto run = [&](const cublasLtMatmulAlgo_t& algorithm) {
-        CUBLAS_CHECK(cublasLtMatmul(device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, c, m.c,
-                                    p.out.data, m.d, &algorithm, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES),
-                                    MATMUL_WORKSPACE_BYTES, device.stream));
-        return true;
+    const auto run = [&](const cublasLtMatmulAlgo_t& algorithm) {  // whether it could
+        const cublasStatus_t status = cublasLtMatmul(
+            device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, c, m.c, p.out.data, m.d,
+            &algorithm, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES), MATMUL_WORKSPACE_BYTES, device.stream);
+        if (status != CUBLAS_STATUS_NOT_SUPPORTED && status != CUBLAS_STATUS_INVALID_VALUE) CUBLAS_CHECK(status);
+        return status == CUBLAS_STATUS_SUCCESS;
     };
 
     const Product<Out> largest = p.of_token_class();
@@ -392,7 +395,7 @@ bool try_multiply(const Device& device, const Product<Out>& p) {
     if (is_new && device.tune_products) {
         double least = std::numeric_limits<double>::infinity();
         for (const FoundAlgorithm& f : find_algorithms(device, MatmulDescription(largest), 8)) {
-            if (!can_run(device, m, f.result.algo)) continue;
+            if (!can_run(device, m, f.result.algo) || !run(f.result.algo)) continue;
             const double seconds = best_seconds_on_gpu(device.stream, 3, [&] { run(f.result.algo); });
             if (seconds < least) least = seconds, algorithm = f.result.algo;
         }
@@ -400,8 +403,9 @@ bool try_multiply(const Device& device, const Product<Out>& p) {
         for (const FoundAlgorithm& f : find_algorithms(device, MatmulDescription(largest), 1))
             algorithm = f.result.algo;
     }
-    if (algorithm && can_run(device, m, *algorithm)) return run(*algorithm);
-    for (const FoundAlgorithm& f : find_algorithms(device, m, 1)) return run(f.result.algo);
+    if (algorithm && can_run(device, m, *algorithm) && run(*algorithm)) return true;
+    for (const FoundAlgorithm& f : find_algorithms(device, m, 8))
+        if (run(f.result.algo)) return true;
     return false;
 }
 

@@ -32,6 +32,7 @@ enum cublasLtMatmulDescAttributes_t {
 };
 enum cublasLtMatmulPreferenceAttributes_t {
     CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+    CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
@@ -52,6 +53,7 @@ struct cublasLtMatrixLayoutOpaque {
 using cublasLtHandle_t = int*;
 using cublasLtMatmulDesc_t = cublasLtMatmulDescOpaque*;
 using cublasLtMatrixLayout_t = cublasLtMatrixLayoutOpaque*;
+enum { CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2 };
 using cublasLtMatmulPreference_t = size_t*;
 struct cublasLtMatmulAlgo_t {
     uint64_t data[8];

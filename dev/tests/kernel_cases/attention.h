@@ -57,6 +57,10 @@ inline void attention_case(Cases& cases, const AttentionShape& shape, const std:
             size_t(round_up(cudnn_workspace_bytes(device.cudnn->shape), 256)) + size_t(T * 2 * C) * sizeof(floatX);
 #endif
     cases.give_scratch(scratch);
+#ifdef USE_CUDNN
+    if (device.cudnn)  // what it takes for zeros without having written them is no number
+        CUDA_CHECK(cudaMemsetAsync(device.scratch, 0xff, device.scratch_bytes, device.stream));
+#endif
     const std::vector<AttentionTile> host_tiles = attention_tiles(rows);
     AttentionTile* tiles =
         reinterpret_cast<AttentionTile*>(allocate_on_device(int64_t(host_tiles.size() * sizeof(AttentionTile))));

@@ -5,7 +5,7 @@
 #include "cases.h"
 #include "llmc/kernels/matmul.cuh"
 
-inline void matmul_cases(Cases& cases) {
+inline void products_cases(Cases& cases) {
     cases.give_scratch(matmul_scratch_bytes(cases.device.threads));
     const Device& device = cases.device;
     struct Shape {
@@ -64,4 +64,15 @@ inline void matmul_cases(Cases& cases) {
         cases.record("matmul_backward_weight bias", shape, db.values(), {1e-5, 1e-5});
         cases.record("matmul_backward_weight without bias", shape, dw_alone.values(), {1e-5, 1e-5});
     }
+}
+
+inline void matmul_cases(Cases& cases) {
+#ifdef USE_CUDA
+    // As in training, products are of the fastest of several algorithms; choosing it spoils what they compute.
+    Cases thrown_away;
+    thrown_away.device.algorithms = cases.device.algorithms;
+    thrown_away.device.tune_products = true;
+    products_cases(thrown_away);
+#endif
+    products_cases(cases);
 }
