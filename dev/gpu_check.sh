@@ -159,6 +159,8 @@ bench-short | bench-long)
     fi
     [ -n "${2:-}" ] && cases=("${cases[$2 - 1]}")
     [ "$device" = cuda ] || cases=("small 2x8") steps=2
+    [ "$part$device${2:-}" = bench-shortcuda ] && check "kernels of the 7B model at 8192 tokens" \
+        "build/bench/gpu_kernels_cuda-$speed" --model helixpipe:7b --sequences 1 --length 8192 --json
     for name in "${cases[@]}"; do
         if timeout -k 10 540 dev/bench/gpu_vs_torch --device "$device" --case "$name" --steps $steps --json 2>&1 |
             tee -a "$log" | grep tokens_per_second; [ "${PIPESTATUS[0]}" = 0 ]; then

@@ -117,7 +117,8 @@ inline int64_t available_on_device() {
 #ifdef USE_CUDA
     size_t free = 0, total = 0;
     CUDA_CHECK(cudaMemGetInfo(&free, &total));
-    return int64_t(free);
+    const int64_t code = int64_t(1) << 30;  // that the libraries load later, when a kernel is first used
+    return std::max<int64_t>(0, int64_t(free) - code);
 #else
     return available_memory();
 #endif
