@@ -166,7 +166,7 @@ public:
     void run() {
         if (!c_.json)
             std::printf(
-                "%s, %lld layers, %lld channels, %lld x %lld tokens, " PRECISION_NAME ", %s\n%-34s %9s %10s %10s %8s\n",
+                "%s, %lld layers, %lld channels, %lld x %lld tokens, " PRECISION_NAME ", %s\n%-42s %9s %10s %10s %8s\n",
                 c_.name.c_str(), (long long)c_.model.layers, (long long)c_.model.channels, (long long)c_.sequences,
                 (long long)c_.length, device_text("").c_str(), "kernel", "us", "rate", "bound", "of bound");
         products();
@@ -194,7 +194,7 @@ private:
                 c_.name.c_str(), (long long)c_.sequences, (long long)c_.length, kernel.c_str(), metric, rate, bound,
                 100 * rate / bound);
         else
-            std::printf("%-34s %9.1f %10.1f %10.1f %7.1f%%  %s\n", kernel.c_str(), 1e6 * seconds, rate, bound,
+            std::printf("%-42s %9.1f %10.1f %10.1f %7.1f%%  %s\n", kernel.c_str(), 1e6 * seconds, rate, bound,
                         100 * rate / bound, metric);
         std::fflush(stdout);
     }
@@ -233,7 +233,38 @@ private:
         seconds += product(
             name + " backward, weight", {.out = plain_weight, .left = out, .right = in, .left_transposed = true},
             [&] { matmul_backward_weight(device_, d_weight, fused.bias ? d_bias.data() : nullptr, out, in); });
+        if (fused.bias) bias_by_epilogue(name, d_weight, d_bias.data(), out, in);
         return seconds;
+    }
+
+    // The gradients of weight and bias, as the program computes them, beside one product whose epilogue sums the bias
+    // (and writes it, so that using it would take a small kernel more).
+    void bias_by_epilogue(const std::string& name, Matrix<floatS> d_weight, floatS* d_bias, Matrix<const floatX> dout,
+                          Matrix<const floatX> in) {
+        const Product<floatS> p = {
+            .out = d_weight, .left = dout, .right = in, .left_transposed = true, .addend = d_weight};
+        const MatmulDescription m(p);
+        const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
+            CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(m.product, attribute, &value, sizeof value));
+        };
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BGRADB);
+        set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, d_bias);
+        set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, int32_t(cuda_type<floatS>));
+        const float one = 1;
+        double least = std::numeric_limits<double>::infinity(), ours = 0;
+        for (const FoundAlgorithm& f : find_algorithms(device_, m, 8)) {
+            const auto run = [&] {
+                return cublasLtMatmul(device_.blas, m.product, &one, in.data, m.a, dout.data, m.b, &one, d_weight.data,
+                                      m.c, d_weight.data, m.d, &f.result.algo, device_.scratch, MATMUL_WORKSPACE_BYTES,
+                                      device_.stream);
+            };
+            if (run() != CUBLAS_STATUS_SUCCESS) continue;
+            const auto seconds = seconds_of(
+                device_, c_.milliseconds, {[&] { matmul_backward_weight(device_, d_weight, d_bias, dout, in); }, run});
+            if (seconds[1] < least) ours = seconds[0], least = seconds[1];
+        }
+        const double flops = 2e-12 * double(dout.rows) * double(dout.cols) * double(in.cols);
+        if (ours > 0) print(name + " backward, weight, bias by epilogue", "TFLOP/s", ours, flops / ours, flops / least);
     }
 
     void products() {

@@ -21,6 +21,7 @@ enum cublasLtEpilogue_t {
     CUBLASLT_EPILOGUE_GELU_BIAS = 36,
     CUBLASLT_EPILOGUE_GELU_AUX_BIAS = 164,
     CUBLASLT_EPILOGUE_DGELU = 192,
+    CUBLASLT_EPILOGUE_BGRADB = 512,  // found by no product here
 };
 enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_TRANSA,
@@ -29,6 +30,7 @@ enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_BIAS_POINTER,
     CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
     CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD,
+    CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE,
 };
 enum cublasLtMatmulPreferenceAttributes_t {
     CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -42,6 +44,7 @@ enum cublasLtMatmulPreferenceAttributes_t {
 struct cublasLtMatmulDescOpaque {
     cublasOperation_t op_a = CUBLAS_OP_N, op_b = CUBLAS_OP_N;
     cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    int32_t bias_type = CUDA_R_32F;
     const void* bias = nullptr;
     void* aux = nullptr;
     int64_t aux_ld = 0;
@@ -99,6 +102,8 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
             return set(desc->aux);
         case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD:
             return set(desc->aux_ld);
+        case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE:
+            return set(desc->bias_type);
     }
     return CUBLAS_STATUS_INVALID_VALUE;
 }
@@ -131,6 +136,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     const char* epilogues = std::getenv("CUBLAS_ON_HOST_EPILOGUES");
     *count = 0;
     if (wanted < 1) return CUBLAS_STATUS_INVALID_VALUE;
+    if (desc->epilogue == CUBLASLT_EPILOGUE_BGRADB) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (epilogues && std::string(epilogues) == "no" && desc->epilogue != CUBLASLT_EPILOGUE_DEFAULT)
         return CUBLAS_STATUS_NOT_SUPPORTED;
     // Up to three algorithms, which differ in nothing; the second one says that it cannot.
