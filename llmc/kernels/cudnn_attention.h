@@ -5,10 +5,10 @@
 // cuDNN runs plans: kernels compiled for a number of segments and for their longest query and key range. Building one
 // takes about a second of the host, and loading its code may wait for the device, so that all of them are built before
 // step 1, and there are few: one bucket for each class of lengths (powers of two from 128), of as many segments as fill
-// a chunk. The segments of a chunk, the longest first, are dealt out to calls that take a full bucket each; what the
-// last call of a bucket lacks is filled up with copies of the chunk's shortest segment, which write the same rows once
-// more. (cuDNN knows empty segments, but they can give NaN.) B sequences of T tokens are one call without copies. A
-// slice is a call of its own.
+// a chunk. The segments of a chunk, the longest first, as chunks are packed, are dealt out to calls that take a full
+// bucket each and thus have rows that lie together; what the last call of a bucket lacks is filled up with copies of
+// the chunk's shortest segment, which write the same rows once more. (cuDNN knows empty segments, but they can give
+// NaN.) B sequences of T tokens are one call without copies. A slice is a call of its own.
 #pragma once
 
 #include <cuda_runtime_api.h>
