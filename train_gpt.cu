@@ -352,11 +352,11 @@ void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions) {
     }
 }
 
-// Runs every op of a step on whatever is in memory, without messages, before the first step: a GPU loads kernels when
-// they are first used, and may wait for all its streams to do so. Meanwhile the products choose their algorithms,
-// unless the bits of a run are to repeat in another. Only the gradients are written to, which every step begins with
-// zeros.
-void warm_up([[maybe_unused]] Rank& rank, [[maybe_unused]] const Step& step) {
+// Has a GPU load all kernels of a step, and its matrix products choose their algorithms, before the first step: runs
+// every op on whatever is in memory, without messages. A GPU loads kernels when they are first used, and may wait for
+// all its streams to do so. Products choose unless the bits of a run are to repeat in another. Only the gradients are
+// written to, which every step begins with zeros.
+void load_kernels_and_tune([[maybe_unused]] Rank& rank, [[maybe_unused]] const Step& step) {
 #ifdef USE_CUDA
     const Plan& plan = rank.plan_for(step.group_sizes, true);
     rank.inputs.load(rank.device, step);
@@ -805,7 +805,7 @@ int training_loop(Training& run) {
         const Step step = prepare_step(batch, c.data.chunk_tokens, rank.options.model);
         const int64_t number = run.state.step + 1;
 
-        if (run.state.step == first_step) warm_up(rank, step);
+        if (run.state.step == first_step) load_kernels_and_tune(rank, step);
         const double loss = compute_gradients(rank, step);
         const double norm = gradient_norm(rank);
         if (std::isfinite(loss) && std::isfinite(norm)) {
