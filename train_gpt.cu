@@ -10,11 +10,11 @@
 #include <cstdio>
 
 // configuration, console, metrics, checkpoints
-#include "llmc/io/checkpoint.h"
 #include "llmc/io/config.h"
 #include "llmc/io/log.h"
 #include "llmc/io/metrics.h"
 #include "llmc/io/signals.h"
+#include "llmc/parallel/checkpoint.h"
 // data
 #include "llmc/data/loader.h"
 #include "llmc/data/tokenizer.h"
@@ -26,8 +26,8 @@
 #include "llmc/parallel/memory.h"
 #include "llmc/parallel/planned_run.h"
 #include "llmc/parallel/rank.h"
+#include "llmc/parallel/run.h"
 #include "llmc/parallel/team.h"
-#include "llmc/pipeline/run.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The schedule loop

@@ -6,8 +6,8 @@
 #include <filesystem>
 #include <string>
 
-#include "llmc/io/checkpoint.h"
 #include "llmc/io/config.h"
+#include "llmc/parallel/checkpoint.h"
 #include "llmc/parallel/memory.h"
 
 class ModelFile {

@@ -4,7 +4,7 @@
 #include <exception>
 #include <map>
 
-#include "llmc/io/machine.h"
+#include "llmc/machine.h"
 #include "llmc/parallel/op_loop.h"
 #include "llmc/pipeline/check.h"
 #include "llmc/pipeline/costs.h"
