@@ -32,7 +32,7 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // The schedule loop
 
-// The tensors that an op of the plan takes, as views at their planned addresses; `uses` in llmc/pipeline/op.h lists
+// The tensors that an op of the plan takes, as views at their planned addresses; `uses` in llmc/pipeline/uses.h lists
 // them. N is the number of rows that the chunk has in this step, at most what was planned; an op on a row piece gets
 // the rows of the piece.
 struct OpTensors {
