@@ -9,6 +9,7 @@
 #include "llmc/io/config.h"
 #include "llmc/parallel/checkpoint.h"
 #include "llmc/parallel/memory.h"
+#include "llmc/parallel/rank.h"
 
 class ModelFile {
 public:
