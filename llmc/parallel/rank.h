@@ -85,8 +85,7 @@ struct Rank : OpLoop {
     Rank& operator=(const Rank&) = delete;
 
     // Where the weights stand in floatS for checkpoints and comparisons. With no_master it is the place of the
-    // gradients, and they only pass through it, between steps, when nobody needs those (widen_weights and round_weights
-    // of train_gpt.cu).
+    // gradients, and they only pass through it, between steps, when nobody needs those (rank_weights.h).
     floatS* full_weights() const { return master ? master : gradients; }
 
     // Plans are made once for each pattern of chunks. Between steps the activations hold nothing: a pattern that leaves
