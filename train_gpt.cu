@@ -3,266 +3,43 @@
 //   configuration -> data -> model -> plan -> loop { run_ops, clip, AdamW } -> checkpoint
 //
 // This file holds what a training run does, top to bottom: the schedule loop, evaluation, the optimizer step, the
-// training loop, main. Everything it calls is under llmc/, see llmc/README.md for the map. test_gpt.cu includes this
-// file with TESTING defined, which leaves out main.
+// training loop, main. Everything it calls is under llmc/, see llmc/README.md for the map; what others call of it is
+// declared and described in llmc/parallel/run.h. test_gpt.cu includes this file with TESTING defined, which leaves out
+// main.
 #include <unistd.h>
 
 #include <cstdio>
 
-// configuration, console, metrics, checkpoints
-#include "llmc/io/checkpoint.h"
+// configuration, console, metrics
 #include "llmc/io/config.h"
 #include "llmc/io/log.h"
 #include "llmc/io/metrics.h"
 #include "llmc/io/signals.h"
-// data
+// data, models in files
+#include "llmc/commands/model_file.h"
 #include "llmc/data/loader.h"
 #include "llmc/data/tokenizer.h"
-// the rank: model, plan, memory
+#include "llmc/parallel/checkpoint.h"
+// the rank: its ops, its gradients, its weights
 #include "llmc/kernels/adamw.cuh"
+#include "llmc/kernels/reduce.cuh"
+#include "llmc/parallel/compute_op.h"
+#include "llmc/parallel/nonfinite.h"
+#include "llmc/parallel/rank.h"
+#include "llmc/parallel/rank_weights.h"
+#include "llmc/parallel/run.h"
+#include "llmc/parallel/shared_gradients.h"
+// the run: its schedule, its memory, its ranks, what it says
 #include "llmc/kernels/peak.h"
 #include "llmc/parallel/choose_schedule.h"
 #include "llmc/parallel/compare_layouts.h"
 #include "llmc/parallel/memory.h"
 #include "llmc/parallel/planned_run.h"
-#include "llmc/parallel/rank.h"
+#include "llmc/parallel/run_report.h"
 #include "llmc/parallel/team.h"
-#include "llmc/pipeline/run.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The schedule loop
-
-// The tensors that an op of the plan takes, as views at their planned addresses; `uses` in llmc/pipeline/op.h lists
-// them. N is the number of rows that the chunk has in this step, at most what was planned; an op on a row piece gets
-// the rows of the piece.
-struct OpTensors {
-    const Rank& rank;
-    const Plan& plan;
-    size_t op;
-    int64_t N;
-
-    std::byte* find(Tensor tensor, int layer) const {
-        for (const PlacedUse& use : plan.memory[op])
-            if (use.tensor == tensor && use.layer == layer) return rank.activations + use.offset;
-        return nullptr;
-    }
-    Allocator place(Tensor tensor, int layer) const {
-        if (std::byte* address = find(tensor, layer)) return {address};
-        throw std::logic_error("the plan gives no " + std::string(tensor_name(tensor)) + " to " +
-                               op_name(plan.ops[op]));
-    }
-    RowRange piece() const { return piece_rows(plan.ops[op], N); }
-    template <class T>
-    Matrix<T> rows(Tensor tensor, int layer) const {
-        Allocator at = place(tensor, layer);
-        const Matrix<T> all = RowsTensor<T>(at, N, tensor_columns(tensor, rank.options.model)).rows;
-        return all.row_range(piece().begin, piece().count);
-    }
-    NormStatistics ln1_stats(int layer) const {
-        Allocator at = place(Tensor::ln1_stats, layer);
-        NormStatistics stats(at, N);
-        stats.mean += piece().begin, stats.rstd += piece().begin;
-        return stats;
-    }
-    // The weights of pre_attention and their gradients: where they are apart from it, else the rank's own.
-    LayerTensors<floatX> pre_weights(int layer) const {
-        if (!find(Tensor::qkv_weights, layer)) return rank.w.layers[size_t(layer)];
-        Allocator at = place(Tensor::qkv_weights, layer);
-        return MovedWeights<floatX>(at, rank.options.model).tensors;
-    }
-    LayerTensors<floatS> d_pre_weights(int layer) const {
-        if (!find(Tensor::d_qkv_weights, layer)) return rank.dw.layers[size_t(layer)];
-        Allocator at = place(Tensor::d_qkv_weights, layer);
-        return MovedWeights<floatS>(at, rank.options.model).tensors;
-    }
-};
-
-// Those of them that travel with the products, as matrices of one row.
-template <class T>
-std::vector<Matrix<T>> moved_tensors(const LayerTensors<T>& t, const HelixOptions& helix, int64_t C) {
-    std::vector<Matrix<T>> list = {{t.qkv_weight, 1, 3 * C * C}, {t.qkv_bias, 1, 3 * C}};
-    if (helix.move_norm) list.insert(list.end(), {{t.ln1_weight, 1, C}, {t.ln1_bias, 1, C}});
-    return list;
-}
-
-// What a send or receive carries.
-void append_transfers(std::vector<Transfer>& transfers, const OpTensors& t) {
-    const Op& op = t.plan.ops[t.op];
-    const int64_t C = t.rank.options.model.channels;
-    const auto append = [&]<class T>(const Matrix<T>& rows) {
-        if (rows.size() > 0)
-            transfers.push_back({op.kind == Kind::send, op.peer, rows.data, rows.size() * int64_t(sizeof(T))});
-    };
-    const auto append_weights = [&](const auto& weights) {
-        for (const auto& tensor : moved_tensors(weights, t.plan.rules.helix, C)) append(tensor);
-    };
-    for (const Use& use : message_contents(op, t.plan.rules)) switch (use.tensor) {
-            case Tensor::residual:
-            case Tensor::d_residual:
-                append(t.rows<floatR>(use.tensor, use.layer));
-                break;
-            case Tensor::qkv_weights:
-                append_weights(t.pre_weights(use.layer));
-                break;
-            case Tensor::d_qkv_weights:
-                append_weights(t.d_pre_weights(use.layer));
-                break;
-            case Tensor::delta:
-                append(t.rows<floatS>(use.tensor, use.layer));
-                break;
-            default:
-                append(t.rows<floatX>(use.tensor, use.layer));
-        }
-}
-
-// One op: its part of the model, forward or backward, on one chunk or a row piece of it. A head adds its losses to
-// rank.loss.
-void compute(Rank& rank, const Plan& plan, size_t i, floatS loss_scale, Observer* observer) {
-    const Op& op = plan.ops[i];
-    const TensorRules& rules = plan.rules;
-    const int l = op.layer, L = rules.layers;
-    const int64_t C = rank.options.model.channels;
-    const Recompute mode = rules.mode(op);
-    const bool none = mode == Recompute::none, elementwise = mode == Recompute::elementwise;
-    const bool full = mode == Recompute::full;
-    const bool move = rules.helix.move_qkv, norm = rules.helix.move_norm, weights_too = rules.helix.weights_with(op);
-    const BlockContext ctx{
-        rank.device, rank.options.model, {rank.workspace}, rank.options.mlp_chunk, rank.options.head_chunk};
-    const ChunkInputs& inputs = rank.inputs.chunks[size_t(op.chunk)];
-    const ChunkShape& shape = plan.chunks[size_t(op.chunk)];
-    const Segments& segments = inputs.segments;
-    const auto w = l < 0 ? LayerTensors<floatX>{} : rank.w.layers[size_t(l)];
-    const auto dw = l < 0 || !rules.training ? LayerTensors<floatS>{} : rank.dw.layers[size_t(l)];
-
-    const OpTensors t{rank, plan, i, inputs.tokens};
-    const RowRange piece = t.piece();
-    if (piece.count == 0) return;
-    const auto x = [&](int layer) { return t.rows<floatR>(Tensor::residual, layer); };
-    const auto ln1 = [&] { return t.rows<floatX>(Tensor::ln1, l); };
-    const auto qkv = [&] { return t.rows<floatX>(Tensor::qkv, l); };
-    const auto attention_out = [&] { return t.rows<floatX>(Tensor::attention_out, l); };
-    const auto lse = [&] { return t.rows<floatS>(Tensor::lse, l); };
-    // Beside the attention: its LayerNorm, if that has moved there, and the products for queries, keys and values.
-    const auto moved_forward = [&](bool products) {
-        const LayerTensors<floatX> weights = t.pre_weights(l);
-        if (norm)
-            pre_attention_forward(ctx, weights, ln1(), t.ln1_stats(l), products ? std::optional(qkv()) : std::nullopt,
-                                  x(l));
-        else if (products) matmul_forward(rank.device, qkv(), ln1(), {weights.qkv_weight, 3 * C, C}, weights.qkv_bias);
-    };
-    const auto kept_post = [&]() -> std::optional<PostActivations> {
-        if (Allocator at{t.find(Tensor::post, l)}; at.base)
-            return PostActivations(at, t.N, rank.options.model).row_range(piece.begin, piece.count);
-        if (Allocator at{t.find(Tensor::post_products, l)}; at.base)
-            return PostActivations(PostProducts(at, t.N, rank.options.model).row_range(piece.begin, piece.count));
-        return std::nullopt;
-    };
-    const auto d_post = [&] {
-        Allocator at = t.place(Tensor::d_post, l);
-        return PostGradients(at, t.N, rank.options.model).row_range(piece.begin, piece.count);
-    };
-    const auto store = [&]<class T>(Tensor tensor, T) {
-        if (shape.store < 0) return Matrix<T>();
-        return OpTensors{rank, plan, i, shape.store_tokens}.rows<T>(tensor, l);
-    };
-    const auto kv_store = [&] { return store(Tensor::store, floatX()); };
-    const auto d_x = [&] { return t.rows<floatR>(Tensor::d_residual, -1); };
-    const auto d_attention = [&] { return t.rows<floatX>(Tensor::d_attention, l); };
-    const auto pre_gradient = [&](int layer) {
-        if (move) return PreGradient{{}, t.rows<floatX>(Tensor::d_ln1, layer)};
-        return PreGradient{t.rows<floatX>(Tensor::d_qkv, layer), {}};
-    };
-    floatS* losses = nullptr;
-    if (observer && op.part == Part::head) {
-        observer->losses[size_t(op.chunk)].resize(size_t(t.N));
-        losses = observer->losses[size_t(op.chunk)].data();
-    }
-
-    if (op.pass == Pass::F) switch (op.part) {
-            case Part::embed:
-                embed_forward(ctx, rank.w, x(0), inputs.rows);
-                break;
-            case Part::pre:
-                if (norm) break;
-                pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), move ? std::nullopt : std::optional(qkv()), x(l));
-                break;
-            case Part::attention:
-                if (move) moved_forward(true);
-                attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
-                break;
-            case Part::post:
-                post_attention_forward(ctx, w, x(l + 1), kept_post(), x(l), attention_out());
-                break;
-            case Part::head:
-                head_forward(ctx, rank.w, rank.loss.data(), x(L), inputs.targets, losses);
-                break;
-        }
-    if (op.pass == Pass::B) switch (op.part) {
-            case Part::head:
-                head_backward(ctx, rank.w, rank.dw, d_x(), rank.loss.data(), x(L), inputs.targets, loss_scale, losses);
-                break;
-            case Part::post: {
-                if (full && !rules.apart) {
-                    pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), qkv(), x(l));
-                    attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
-                }
-                std::optional<NextPre> next;
-                if (l + 1 < L && rules.one_block(l + 1))
-                    next.emplace(rank.w.layers[size_t(l) + 1], rank.dw.layers[size_t(l) + 1], pre_gradient(l + 1));
-                post_attention_backward(ctx, w, dw, d_x(), d_attention(), kept_post(),
-                                        rules.keeps_post(l) || elementwise ? Matrix<floatR>() : x(l), attention_out(),
-                                        op.split ? std::optional(d_post()) : std::nullopt, next);
-                if (t.find(Tensor::delta, l))
-                    attention_delta(rank.device, t.rows<floatS>(Tensor::delta, l), d_attention(), attention_out());
-                break;
-            }
-            case Part::attention: {
-                if (!none && move) moved_forward(!elementwise);
-                if (full && rules.apart)
-                    attention_block_forward(ctx, attention_out(), lse(), qkv(), kv_store(), segments);
-                if (mode == Recompute::without_attention && !rules.apart)
-                    pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), qkv(), x(l));
-                const Matrix<floatX> d_qkv = t.rows<floatX>(Tensor::d_qkv, l);
-                const bool has_delta = t.find(Tensor::delta, l);
-                attention_block_backward(ctx, d_qkv, d_attention(), has_delta ? Matrix<floatX>() : attention_out(),
-                                         lse(), qkv(), kv_store(), store(Tensor::d_store, floatS()), segments,
-                                         shape.last_slice,
-                                         has_delta ? t.rows<floatS>(Tensor::delta, l) : Matrix<floatS>());
-                if (!move) break;
-                const LayerTensors<floatS> d_weights = t.d_pre_weights(l);
-                if (weights_too)
-                    for (const auto& tensor : moved_tensors(d_weights, rules.helix, C)) fill_zero(rank.device, tensor);
-                qkv_backward_weight(ctx, d_weights, d_qkv, ln1());
-                if (norm)
-                    pre_attention_backward(ctx, t.pre_weights(l), d_weights, d_x(), {d_qkv, {}}, t.ln1_stats(l), x(l));
-                else
-                    matmul_backward_input(rank.device, t.rows<floatX>(Tensor::d_ln1, l), d_qkv,
-                                          {t.pre_weights(l).qkv_weight, 3 * C, C});
-                break;
-            }
-            case Part::pre:
-                if (weights_too) {  // the sum of another rank or, of every chunk, its own
-                    const auto sums = moved_tensors(dw, rules.helix, C);
-                    const auto added = moved_tensors(t.d_pre_weights(l), rules.helix, C);
-                    for (size_t n = 0; n < sums.size(); ++n) add_rows(rank.device, sums[n], added[n]);
-                }
-                if (norm) break;                // the rest ran with the attention
-                if (rules.one_block(l)) break;  // the rest is part of post's backward, the next op
-                if ((rules.apart && !none) || elementwise)
-                    pre_attention_forward(ctx, w, ln1(), t.ln1_stats(l), std::nullopt, x(l));
-                if (!move && !op.split) qkv_backward_weight(ctx, dw, pre_gradient(l).d_qkv, ln1());
-                pre_attention_backward(ctx, w, dw, d_x(), pre_gradient(l), t.ln1_stats(l), x(l));
-                break;
-            case Part::embed:
-                embed_backward(ctx, rank.dw, d_x(), inputs.rows);
-                break;
-        }
-    if (op.pass == Pass::W) {
-        if (op.part == Part::pre) qkv_backward_weight(ctx, dw, t.rows<floatX>(Tensor::d_qkv, l), ln1());
-        if (op.part == Part::post)
-            post_attention_backward_weight(ctx, w, dw, d_post(), kept_post().value(), attention_out());
-    }
-}
 
 // To whom a list sends next, at each op; -1: to nobody.
 std::vector<int> next_peers(const std::vector<Op>& ops) {
@@ -352,22 +129,6 @@ void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions) {
     }
 }
 
-// Runs every op of a step on whatever is in memory, without messages, before the first step: a GPU loads kernels when
-// they are first used, and may wait for all its streams to do so. Meanwhile the products choose their algorithms,
-// unless the bits of a run are to repeat in another. Only the gradients are written to, which every step begins with
-// zeros.
-void warm_up([[maybe_unused]] Rank& rank, [[maybe_unused]] const Step& step) {
-#ifdef USE_CUDA
-    const Plan& plan = rank.plan_for(step.group_sizes, true);
-    rank.inputs.load(rank.device, step);
-    rank.device.tune_products = !rank.options.deterministic;
-    for (size_t i = 0; i < plan.ops.size(); ++i)
-        if (plan.ops[i].kind == Kind::compute) compute(rank, plan, i, 1, nullptr);
-    rank.device.tune_products = false;
-    finish(rank.device);
-#endif
-}
-
 double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer) {
     rank.inputs.load(rank.device, step);
 #ifdef USE_NCCL
@@ -392,55 +153,26 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
     return loss;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Gradients
-
-// A parameter that several ranks hold (a tied embedding whose ends are apart, a spread head) has its gradients added
-// up, and all ranks get the same bits: each adds one part of the tensor and passes the sum on. The tensor is taken in
-// pieces that fit into the activations, which nobody needs between steps.
-void sum_shared_gradients(Rank& rank) {
-    floatS* const received = reinterpret_cast<floatS*>(rank.activations);
-    const auto exchange = [&](const std::vector<Transfer>& transfers) {
-        const auto before = rank.transport.progress.meet();  // waits for all holders
-        rank.transport.wait(0, rank.transport.post(transfers) + int64_t(transfers.size()));
-        rank.transport.progress.resume(before);
-    };
-    for (const SharedParameter& shared : rank.shared) {
-        const std::vector<int>& holders = shared.holders;
-        const int count = int(holders.size());
-        const int64_t part = rank.options.shared_part(count);  // plan_memory has room for what comes of it
-        for (int64_t begin = 0; begin < shared.size; begin += count * part) {
-            std::vector<Transfer> sums, results;
-            Matrix<floatS> mine;
-            const auto part_of = [&](int holder) {
-                const int64_t first = std::min(begin + holder * part, shared.size);
-                return Matrix<floatS>(rank.gradients + shared.offset + first, 1, std::min(part, shared.size - first));
-            };
-            const auto add = [&](std::vector<Transfer>& list, bool send, int peer, floatS* data, int64_t n) {
-                if (n > 0) list.push_back({send, peer, data, n * int64_t(sizeof(floatS))});
-            };
-            for (int n = 0; n < count; ++n)
-                if (holders[size_t(n)] == rank.index) mine = part_of(n);
-            int others = 0;
-            for (int n = 0; n < count; ++n) {
-                const int peer = holders[size_t(n)];
-                if (peer == rank.index) continue;
-                add(sums, true, peer, part_of(n).data, part_of(n).cols);
-                add(sums, false, peer, received + others++ * part, mine.cols);
-                add(results, true, peer, mine.data, mine.cols);
-                add(results, false, peer, part_of(n).data, part_of(n).cols);
-            }
-            exchange(sums);
-            for (int n = 0; n < others; ++n)
-                add_rows(rank.device, mine, Matrix<floatS>(received + n * part, 1, mine.cols));
-            exchange(results);
-        }
-    }
+// Has a GPU load all kernels of a step, and its matrix products choose their algorithms, before the first step: runs
+// every op on whatever is in memory, without messages. A GPU loads kernels when they are first used, and may wait for
+// all its streams to do so. Products choose unless the bits of a run are to repeat in another. Only the gradients are
+// written to, which every step begins with zeros.
+void load_kernels_and_tune([[maybe_unused]] Rank& rank, [[maybe_unused]] const Step& step) {
+#ifdef USE_CUDA
+    const Plan& plan = rank.plan_for(step.group_sizes, true);
+    rank.inputs.load(rank.device, step);
+    rank.device.tune_products = !rank.options.deterministic;
+    for (size_t i = 0; i < plan.ops.size(); ++i)
+        if (plan.ops[i].kind == Kind::compute) compute(rank, plan, i, 1, nullptr);
+    rank.device.tune_products = false;
+    finish(rank.device);
+#endif
 }
 
-// Forward and backward of one batch. Leaves the gradients of the mean loss in rank.gradients; returns that loss, the
-// same on every rank.
-double compute_gradients(Rank& rank, const Step& step, Observer* observer = nullptr) {
+// ---------------------------------------------------------------------------------------------------------------------
+// Gradients, evaluation
+
+double compute_gradients(Rank& rank, const Step& step, Observer* observer) {
     fill_zero(rank.device, Matrix<floatS>(rank.gradients, 1, flat_size(rank.parameters)));
     const double count = double(std::max<int64_t>(step.targets, 1));
     double loss = run_ops(rank, rank.plan_for(step.group_sizes, true), step, floatS(1.0 / count), observer) / count;
@@ -494,7 +226,6 @@ double learning_rate(const Config& c, int64_t step) {
     return t.lr;
 }
 
-// Over all ranks; a parameter that several of them hold counts once.
 double gradient_norm(const Rank& rank) {
     const auto& held = rank.parameters;
     const auto own = std::find_if(held.begin(), held.end(), [](const Parameter& p) { return !p.copy; });
@@ -516,8 +247,6 @@ void update_parameters(Rank& rank, AdamW adamw) {
     }
 }
 
-// The optimizer step of a training step, given the norm of its gradients. `update` is less than `step` where steps have
-// been skipped.
 void clip_and_update(Rank& rank, const Config& c, int64_t step, int64_t update, double norm) {
     const auto& t = c.training;
     const double scale = t.clip > 0 && norm > t.clip ? t.clip / norm : 1;
@@ -525,98 +254,8 @@ void clip_and_update(Rank& rank, const Config& c, int64_t step, int64_t update, 
         rank, {learning_rate(c, step), t.beta1, t.beta2, t.eps, t.weight_decay, update, scale, uint64_t(t.seed)});
 }
 
-// to = from + sign x center, for the parameters that are stored less a center; they are few, and this is rare.
-template <class T, class U>
-void shift_centered(Rank& rank, T* to, U* from, floatS sign) {
-    for (const Parameter& p : rank.parameters) {
-        if (p.center() == 0) continue;
-        HostView<U> source(rank.device, from + p.offset, p.size(), true);
-        HostView<T> target(rank.device, to + p.offset, p.size(), false);
-        for (int64_t i = 0; i < p.size(); ++i) target.data()[i] = T(floatS(source.data()[i]) + sign * p.center());
-        target.store();
-    }
-}
-
-// Weights as kernels read them, from those in floatS: after initialisation and loading.
-void round_weights(Rank& rank) {
-    const int64_t n = flat_size(rank.parameters);
-    if constexpr (std::is_same_v<floatX, floatS>) return;
-    copy_rows(rank.device, Matrix<floatX>(rank.weights, 1, n), Matrix<const floatS>(rank.full_weights(), 1, n));
-    shift_centered(rank, rank.weights, rank.full_weights(), -1);
-}
-
-// The other way, between steps: the weights in floatS.
-floatS* widen_weights(Rank& rank) {
-    const int64_t n = flat_size(rank.parameters);
-    if (!rank.master) {
-        copy_rows(rank.device, Matrix<floatS>(rank.full_weights(), 1, n), Matrix<const floatX>(rank.weights, 1, n));
-        shift_centered(rank, rank.full_weights(), rank.weights, 1);
-    }
-    return rank.full_weights();
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Non-finite steps (README, "Exit codes")
-
-bool weights_are_finite(const Rank& rank) {
-    double wrong = first_nonfinite(rank.device, rank.weights, flat_size(rank.parameters)) >= 0;
-    rank.transport.sum({&wrong, 1});
-    return wrong == 0;
-}
-
-// The weight that is not finite, or else the gradient nearest to the loss: the backward pass carries what went wrong
-// from the head towards the embedding.
-std::string name_nonfinite(const Rank& rank) {
-    std::string found;  // "1 00017 weight h.1..." sorts after all that is less telling
-    const auto look = [&](const auto* flat, int rating, const char* kind) {
-        for (const Parameter& p : rank.parameters)
-            if (const int64_t element = first_nonfinite(rank.device, flat + p.offset, p.size()); element >= 0)
-                found = std::max(found, format("%d %05d ", rating, p.index) + kind + p.name + "[" +
-                                            std::to_string(element / p.cols) + ", " + std::to_string(element % p.cols) +
-                                            "]");
-    };
-    look(rank.gradients, 0, "gradient of ");
-    look(rank.weights, 1, "weight ");
-    const std::vector<std::string> all = rank.transport.all_gather(found);
-    const std::string& name = *std::max_element(all.begin(), all.end());
-    return name.empty() ? "loss" : name.substr(8);
-}
-
-// Computes the step once more: different bits mean that the hardware erred, equal bits that data or optimisation did.
-[[noreturn]] void stop_at_nonfinite(Rank& rank, const Step& step, int64_t number, double loss) {
-    const std::string where = name_nonfinite(rank);
-    const auto hash_of_gradients = [&] {
-        HostView<floatS> gradients(rank.device, rank.gradients, flat_size(rank.parameters), true);
-        return XXH3_64bits(gradients.data(), size_t(gradients.size()) * sizeof(floatS));
-    };
-    const XXH64_hash_t first = hash_of_gradients();
-    const double again = compute_gradients(rank, step);
-    const bool same = hash_of_gradients() == first && std::memcmp(&again, &loss, sizeof loss) == 0;
-    const std::string what =
-        "step " + std::to_string(number) + ": " + where + " is not finite (loss " + std::to_string(loss) + "). ";
-    std::string differ;
-    for (const std::string& name : rank.transport.all_gather(same ? "" : std::to_string(rank.index)))
-        differ += (differ.empty() || name.empty() ? "" : ", ") + name;
-    if (!differ.empty() && !repeats_bits(rank.options))
-        throw JointFailure(EXIT_NONFINITE,
-                           what +
-                               "A replay gave different bits, as it may without --deterministic, so that data, "
-                               "optimisation or hardware may be the cause: resume with --deterministic, which tells");
-    if (differ.empty())
-        throw JointFailure(EXIT_NONFINITE,
-                           what +
-                               "A replay gave the same bits, so data or optimisation are the cause: lower --lr, raise "
-                               "--warmup, or pass such steps over with --on-nonfinite skip");
-    throw JointFailure(EXIT_HARDWARE, what + "A replay gave different bits on rank " + differ +
-                                          ", so the hardware is the cause: take this machine out and resume elsewhere");
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // The training run
-
-std::string layout_text(const RankOptions& o) {
-    return std::to_string(o.layout.ranks) + " ranks, schedule " + o.schedule_name();
-}
 
 // What the ranks of a process share. All of it is read, or may be used from several threads.
 struct Job {
@@ -651,19 +290,6 @@ struct Training {
     }
 };
 
-// What of a rank goes into a checkpoint, on the host.
-struct CheckpointState {
-    HostView<floatS> weights, m, v;
-    CheckpointView view;
-
-    CheckpointState(Rank& rank, bool read)
-        : weights(rank.device, widen_weights(rank), flat_size(rank.parameters), read),
-          m(rank.device, rank.m, flat_size(rank.parameters), read),
-          v(rank.device, rank.v, flat_size(rank.parameters), read),
-          view{rank.options.model, rank.parameters, weights.data(), m.data(), v.data()} {}
-    void store() { weights.store(), m.store(), v.store(); }
-};
-
 void save(Training& run) {
     Transport& transport = run.rank.transport;
     transport.progress.busy_with("saving a checkpoint");
@@ -676,25 +302,6 @@ void save(Training& run) {
     });
     const CheckpointState state(run.rank, true);
     save_checkpoint(run.job.config.run.dir, state.view, run.state, int(run.job.config.run.keep), transport);
-}
-
-// The lines in which two effective configurations differ; those that only say how far to go do not count.
-std::vector<std::string> changed_settings(const std::string& before, const std::string& after) {
-    std::map<std::string, std::string> values;
-    std::vector<std::string> changes;
-    const auto for_each_setting = [](const std::string& toml, const auto& body) {
-        std::stringstream lines(toml);
-        for (std::string line; std::getline(lines, line);)
-            if (const size_t at = line.find(" = "); at != std::string::npos)
-                body(line.substr(0, at), line.substr(at + 3));
-    };
-    for_each_setting(before, [&](const std::string& name, const std::string& value) { values[name] = value; });
-    for_each_setting(after, [&](const std::string& name, const std::string& value) {
-        if (values.count(name) && values[name] != value && name != "resume" && name != "stop-after" &&
-            name != "run-dir")
-            changes.push_back(name + " has changed from " + values[name] + " to " + value);
-    });
-    return changes;
 }
 
 // Where the weights come from: the newest checkpoint of the run, a Hugging Face GPT-2, or the seed.
@@ -736,37 +343,6 @@ std::string start_weights(Training& run) {
     return from;
 }
 
-// How the planned memory compares with what the process has taken since the ranks began: in all for thread ranks, of
-// each rank under MPI.
-void note_memory(Training& run) {
-    const double planned = double(run.rank.memory.total()) / (1 << 20);
-    const double grown = double(used_on_device() - run.job.used_before) / (1 << 20);
-    if (run.job.config.launch.ranks > 1) {
-        std::string text;
-        for (const std::string& rank :
-             run.rank.transport.all_gather(format("planned %.1f MiB, grown %.1f MiB", planned, grown)))
-            text += (text.empty() ? "" : "; ") + rank;
-        run.note("resident memory of each rank: " + text);
-    } else {
-        double total = planned;
-        run.rank.transport.sum({&total, 1});
-        run.note(format("resident memory: planned %.1f MiB, grown %.1f MiB", total, grown));
-    }
-}
-
-// The events of all ranks, written by rank 0; whoever calls it stops recording.
-void write_trace(Training& run) {
-    Rank& rank = run.rank;
-    const std::string events = pack_events(rank.trace->events());
-    rank.trace.reset();
-    std::vector<std::vector<TraceEvent>> ranks;
-    for (const std::string& text : rank.transport.all_gather(events)) ranks.push_back(unpack_events(text));
-    rank.transport.together([&] {
-        if (rank.index == 0)
-            write_trace(run.job.config.run.trace, {"trace of " + layout_text(rank.options), std::move(ranks)});
-    });
-}
-
 // Trains until --steps, --stop-after or a signal. Returns the exit code.
 int training_loop(Training& run) {
     Rank& rank = run.rank;
@@ -805,13 +381,13 @@ int training_loop(Training& run) {
         const Step step = prepare_step(batch, c.data.chunk_tokens, rank.options.model);
         const int64_t number = run.state.step + 1;
 
-        if (run.state.step == first_step) warm_up(rank, step);
+        if (run.state.step == first_step) load_kernels_and_tune(rank, step);
         const double loss = compute_gradients(rank, step);
         const double norm = gradient_norm(rank);
         if (std::isfinite(loss) && std::isfinite(norm)) {
             clip_and_update(rank, c, number, ++run.updates, norm);
         } else if (c.training.on_nonfinite == "stop" || !weights_are_finite(rank)) {
-            stop_at_nonfinite(rank, step, number, loss);
+            stop_at_nonfinite(rank, number, loss, [&] { return compute_gradients(rank, step); });
         } else {
             const std::string what = name_nonfinite(rank);
             run.note("step " + std::to_string(number) + " skipped: " + what + " is not finite");
@@ -840,8 +416,8 @@ int training_loop(Training& run) {
                            .planned_ms = run.planned ? std::optional(run.planned->step_ms(step)) : std::nullopt};
         run.log(run.last_record);
         stop = stop_votes > 0 || run.validation_pending;
-        if (number == first_step + 3) note_memory(run);
-        if (rank.trace && number == first_step + traced_steps) write_trace(run);
+        if (number == first_step + 3) run.note(memory_note(rank, job.used_before, !threads));
+        if (rank.trace && number == first_step + traced_steps) write_trace(rank, c.run.trace);
 
         const bool due = c.run.checkpoint_every && number % c.run.checkpoint_every == 0;
         if (due || checkpoint_votes > 0) {
@@ -849,72 +425,13 @@ int training_loop(Training& run) {
             saved_step = number;
         }
     }
-    if (rank.trace) write_trace(run);
+    if (rank.trace) write_trace(rank, c.run.trace);
     if (saved_step != run.state.step) save(run);
     return run.state.step < last || run.validation_pending ? EXIT_REQUEUE : 0;
 }
 
-// What this run is, before its first step.
-void print_start(const Training& run, const std::string& weights_from) {
-    const Config& c = run.job.config;
-    const GptConfig& g = run.rank.options.model;
-    const auto tokens_text = [](const Loader& loader) {
-        return std::to_string(loader.stream_tokens()) + " tokens, " + std::to_string(loader.samples()) +
-               " samples an epoch";
-    };
-    std::vector<TableRow> rows = {
-        {"device", device_text(std::to_string(c.threads()) + " threads" + (c.parallel.ranks > 1 ? " a rank" : "")) +
-                       ", " PRECISION_NAME + format(", measured matrix peak %.0f GFLOP/s", run.job.peak_gflops)},
-        {"model", c.model.name + ": " + std::to_string(g.layers) + " layers, " + std::to_string(g.channels) +
-                      " channels, " + std::to_string(g.heads) + " heads, context " + std::to_string(g.context) +
-                      ", vocabulary " + std::to_string(g.vocab) + (g.tied ? ", tied head, " : ", untied head, ") +
-                      std::to_string(parameter_count(g)) + " parameters"},
-        {"weights",
-         "from " + weights_from + (run.rank.master ? "" : ", no master weights: the optimizer rounds stochastically")},
-        {"data", c.data.train + ": " + tokens_text(run.job.loader) + ", " + c.data.packing},
-        {"validation",
-         run.job.val_loader ? c.data.val + ": " + tokens_text(*run.job.val_loader) : "off: no --val-data"},
-        {"step", std::to_string(c.data.batch_tokens) + " tokens in chunks of at most " +
-                     std::to_string(c.data.chunk_tokens) + ", recompute " + c.compute.recompute}};
-#ifdef USE_CUDA
-    const std::string why_not = why_not_cudnn(run.rank.options);
-    rows.insert(rows.begin() + 1, {"attention", why_not.empty() ? "cuDNN" : "our own kernels: " + why_not});
-#endif
-    const std::string kind = c.launch.ranks > 1 ? "processes under " + c.launch.source : "threads of this process";
-    rows.insert(rows.begin() + 1, {"pipeline", c.parallel.ranks > 1 ? layout_text(run.rank.options) + ", " + kind
-                                                                    : "off: --ranks 1, whatever --schedule says"});
-    if (!c.plan.choice.empty()) rows.insert(rows.begin() + 2, {"schedule", c.plan.choice});
-    print_table("run " + c.run.dir, rows);
-}
-
-// --init-from: sizes that were not asked for come with the weights, and those that were must be theirs.
-void take_sizes_of(Config& c, std::string& source, Transport& transport) {
-    if (path_exists(checkpoint_root(source))) source = find_checkpoint(source, transport).directory;
-    const GptConfig found = read_model_config(source);
-    std::vector<std::string> violations;
-    const auto take = [&](const char* name, int64_t& size, int64_t value) {
-        if (size && size != value)
-            violations.push_back("--" + std::string(name) + " " + std::to_string(size) + ", --init-from " + source +
-                                 " has " + std::to_string(value) + "; use --" + name + " " + std::to_string(value));
-        size = value;
-    };
-    take("layers", c.model.layers, found.layers);
-    take("channels", c.model.channels, found.channels);
-    take("heads", c.model.heads, found.heads);
-    take("context", c.model.context, found.context);
-    take("vocab", c.model.vocab, found.vocab);
-    if (!violations.empty()) refuse_config(violations);
-    c.model.untied = !found.tied;
-    if (c.data.tokenizer.empty()) c.data.tokenizer = tokenizer_of_vocab(found.vocab);
-    complete_config(c);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// --verify-layout
-
-// Three steps on these ranks and, on rank 0 alone, on one. Returns the exit code.
+// --verify-layout: beside the ranks, rank 0 has the whole model by itself. Returns the exit code.
 int verify_layout(Training& run) {
-    const Config& c = run.job.config;
     NoTransport nobody;
     std::unique_ptr<Training> alone;
     if (run.rank.index == 0) {
@@ -924,29 +441,9 @@ int verify_layout(Training& run) {
         alone.reset(new Training{run.job, Rank(options, nobody), {}});
         start_weights(*alone);
     }
-    LayoutComparison comparison(run.rank, alone ? &alone->rank : nullptr);
-    int64_t sample = run.state.sample_index;
-    for (int64_t number = 1; number <= 3; ++number) {
-        const Batch batch = next_batch(run.job.loader, sample, c.data.batch_tokens);
-        sample = batch.next_sample;
-        double loss[2] = {}, norm[2] = {};  // of the layout and of one rank
-        for (Rank* rank : {&run.rank, alone ? &alone->rank : nullptr}) {
-            if (!rank) continue;
-            run.rank.transport.progress.busy_with("comparing layouts");
-            const Step step = prepare_step(batch, c.data.chunk_tokens, rank->options.model);
-            loss[rank != &run.rank] = compute_gradients(*rank, step);
-            norm[rank != &run.rank] = gradient_norm(*rank);
-        }
-        if (alone) comparison.compare_losses(loss[0], loss[1]);
-        const auto gradients = [](Rank& rank) { return rank.gradients; };
-        comparison.compare_tensors(gradients, &LayoutComparison::Errors::gradient);
-        if (alone) clip_and_update(alone->rank, c, number, number, norm[1]);
-        clip_and_update(run.rank, c, number, number, norm[0]);
-        comparison.compare_tensors(widen_weights, &LayoutComparison::Errors::weight);
-    }
-    double good = comparison.report(layout_text(run.rank.options));
-    run.rank.transport.sum({&good, 1});
-    return good == run.rank.transport.ranks ? 0 : EXIT_LAYOUT_DIFFERS;
+    const bool good =
+        compare_steps(run.rank, alone ? &alone->rank : nullptr, run.job.config, run.job.loader, run.state.sample_index);
+    return good ? 0 : EXIT_LAYOUT_DIFFERS;
 }
 
 // The part of `train` that every rank runs for itself.
@@ -961,7 +458,7 @@ int train_rank(const Job& job, Transport& transport) {
     transport.together([&] {
         if (transport.rank != 0) return;
         write_file(c.run.dir + "/config.toml", effective_toml(c));
-        print_start(run, from);
+        print_start(c, run.rank, job.loader, job.val_loader, job.peak_gflops, from);
         const int64_t logged = run.state.step > 0 ? run.state.step - run.validation_pending : -1;
         run.metrics.emplace(c.run.dir + "/metrics.jsonl", logged);
         run.console.emplace(c.training.steps, c.launch.ranks == 1 && ::isatty(STDOUT_FILENO));
@@ -1030,14 +527,6 @@ int train_command(Config c, Team& team) {
 #include "llmc/commands/plan.h"
 #include "llmc/commands/rehearse.h"
 #include "llmc/commands/tokenize.h"
-
-// Idle OpenMP threads spin for milliseconds before they sleep, which costs dear where other programs or ranks want the
-// core. libgomp reads how long before main begins, so the program starts itself once more with a short time.
-void spin_briefly(char** argv) {
-    if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT")) return;
-    setenv("GOMP_SPINCOUNT", "20000", 1);
-    execv("/proc/self/exe", argv);  // where that fails, threads spin
-}
 
 int main(int argc, char** argv) {
     spin_briefly(argv);

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "common.h"
+#include "llmc/common.h"
 #ifdef USE_CUDA
 #include <cublasLt.h>
 
@@ -23,7 +23,7 @@
 #include <cerrno>
 
 #include "llmc/cpu.h"
-#include "llmc/io/machine.h"
+#include "llmc/machine.h"
 #endif
 
 #ifdef USE_CUDA

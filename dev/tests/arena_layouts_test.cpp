@@ -8,7 +8,7 @@
 #include <random>
 #include <set>
 
-#include "llmc/parallel/rank.h"
+#include "llmc/parallel/rank_plans.h"
 
 namespace {
 

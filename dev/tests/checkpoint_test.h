@@ -9,7 +9,7 @@
 
 #include <gtest/gtest.h>
 
-#include "llmc/io/checkpoint.h"
+#include "llmc/parallel/checkpoint.h"
 
 namespace fs = std::filesystem;
 

@@ -3,7 +3,7 @@
 // code behind it. Built with ASan and UBSan. Usage: fuzz_manifest [cases]
 #include "fuzz.h"
 
-#include "llmc/io/checkpoint.h"
+#include "llmc/parallel/checkpoint.h"
 
 int main(int argc, char** argv) {
     const int cases = argc > 1 ? std::atoi(argv[1]) : 4000;

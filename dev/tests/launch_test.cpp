@@ -1,5 +1,5 @@
 // launch.h: which rank this process is, from the environments that launchers make, and which environments are refused.
-#include "llmc/parallel/launch.h"
+#include "llmc/io/launch.h"
 
 #include <gtest/gtest.h>
 

@@ -4,8 +4,8 @@
 #include <cstdio>
 #include <optional>
 
+#include "llmc/io/launch.h"
 #include "llmc/io/signals.h"
-#include "llmc/parallel/launch.h"
 #include "llmc/parallel/mpi_transport.h"
 #include "llmc/parallel/watchdog.h"
 

@@ -4,9 +4,11 @@
 #include <cstdio>
 
 #include "dev/bench/calibration_cases.h"
+#include "llmc/clock.h"
 #include "llmc/io/config.h"
 #include "llmc/parallel/memory.h"
 #include "llmc/parallel/planned_run.h"
+#include "llmc/parallel/rank.h"
 
 namespace {
 

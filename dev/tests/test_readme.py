@@ -1,5 +1,5 @@
 """Every command of README.md, in its order, in a copy of the tree; `make run` with few steps. Left out: `make test`,
-which is what runs this. And the maps: every file has a line."""
+which is what runs this. And the maps: every file has a line, includes go one way."""
 import os
 import re
 import shutil
@@ -49,6 +49,23 @@ def test_every_file_of_llmc_is_on_the_map():
     named = set(re.findall(r"`([\w/]+\.(?:h|cuh))`", text))
     files = {path.name for path in (ROOT / "llmc").rglob("*") if path.suffix in (".h", ".cuh")}
     assert {Path(name).name for name in named} == files
+
+
+def test_includes_go_one_way():
+    """As llmc/README.md says: from a room to itself, to those after it in the sentence, and to the files beside them."""
+    sentence = re.search(r"`train_gpt\.cu`(?:\s→\s`\w+`)+", (ROOT / "llmc/README.md").read_text())[0]
+    rooms = [f"llmc/{name}" for name in re.findall(r"→\s`(\w+)`", sentence)] + ["llmc"]
+    assert sorted(rooms) == sorted({"llmc", *(str(path.relative_to(ROOT)) for path in (ROOT / "llmc").iterdir()
+                                              if path.is_dir())})
+
+    def place(path):
+        return next(i for i, room in enumerate(rooms) if path.startswith(room + "/"))
+
+    backwards = [f"{path.relative_to(ROOT)} includes {included}" for path in (ROOT / "llmc").rglob("*")
+                 if path.suffix in (".h", ".cuh", ".cpp")
+                 for included in re.findall(r'#include "([^"]+)"', path.read_text())
+                 if place(included) < place(str(path.relative_to(ROOT)))]
+    assert not backwards
 
 
 def test_every_program_and_header_of_dev_is_on_the_map():

@@ -225,7 +225,7 @@ TEST(Step, ReplayOfANonFiniteStep) {
         const double loss = compute_gradients(rank, step);
         if (once) flat[p.offset + 7] = NAN;
         try {
-            stop_at_nonfinite(rank, step, 3, loss);
+            stop_at_nonfinite(rank, 3, loss, [&] { return compute_gradients(rank, step); });
         } catch (const Failure& failure) { return {failure.exit_code, failure.what()}; }
     };
     const auto [hardware, hardware_text] = code_and_text(true);

@@ -6,12 +6,12 @@
 #include <atomic>
 #include <thread>
 
+#include "llmc/clock.h"
 #include "llmc/io/config.h"
 #include "llmc/io/files.h"
 #include "llmc/io/log.h"
 #include "llmc/io/manifest.h"
 #include "llmc/kernels/peak.h"
-#include "llmc/parallel/progress.h"
 #include "llmc/pipeline/cluster.h"
 
 #ifndef USE_CUDA

@@ -2,27 +2,9 @@
 #pragma once
 
 #include "llmc/io/config.h"
-#include "llmc/io/log.h"
 #include "llmc/io/json.h"
+#include "llmc/io/log.h"
 #include "llmc/parallel/compare_plans.h"
-
-// Rows of a name and values, the values in columns.
-inline std::string columns_text(const std::vector<std::vector<std::string>>& rows) {
-    std::vector<size_t> widths;
-    for (const auto& row : rows) {
-        widths.resize(std::max(widths.size(), row.size()));
-        for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
-    }
-    std::string text;
-    for (const auto& row : rows) {
-        for (size_t i = 0; i < row.size(); ++i) {
-            const std::string space(widths[i] - row[i].size(), ' ');
-            text += "  " + (i == 0 ? row[i] + space : space + row[i]);
-        }
-        text += "\n";
-    }
-    return text;
-}
 
 // The plans that are shown, and the order of those that fit under every changed rate.
 struct Comparison {

@@ -9,9 +9,9 @@
 #include "llmc/io/config.h"
 #include "llmc/io/json.h"
 #include "llmc/io/log.h"
-#include "llmc/io/machine.h"
 #include "llmc/io/manifest.h"
 #include "llmc/kernels/peak.h"
+#include "llmc/machine.h"
 
 inline std::string first_line(const std::string& path) {
     std::string line;

@@ -6,8 +6,8 @@
 
 #include "llmc/commands/model_file.h"
 #include "llmc/data/tokenizer.h"
+#include "llmc/parallel/run.h"
 #include "llmc/parallel/team.h"
-#include "llmc/pipeline/run.h"
 
 inline int eval_command(const Config& c, Team& team) {
     const ModelFile file(c, team.processes());

@@ -1,14 +1,15 @@
 // The model that --checkpoint names, for the commands that read one: a checkpoint directory, a run directory (its
-// newest verified checkpoint), or any directory of Hugging Face GPT-2 weights.
+// newest verified checkpoint), or any directory of Hugging Face GPT-2 weights. `train --init-from` names one like it.
 #pragma once
 
 #include <cstdio>
 #include <filesystem>
 #include <string>
 
-#include "llmc/io/checkpoint.h"
 #include "llmc/io/config.h"
+#include "llmc/parallel/checkpoint.h"
 #include "llmc/parallel/memory.h"
+#include "llmc/parallel/rank.h"
 
 class ModelFile {
 public:
@@ -69,3 +70,25 @@ private:
     std::string directory_, tokenizer_;
     GptConfig model_;
 };
+
+// --init-from: sizes that were not asked for come with the weights, and those that were must be theirs.
+inline void take_sizes_of(Config& c, std::string& source, Transport& transport) {
+    if (path_exists(checkpoint_root(source))) source = find_checkpoint(source, transport).directory;
+    const GptConfig found = read_model_config(source);
+    std::vector<std::string> violations;
+    const auto take = [&](const char* name, int64_t& size, int64_t value) {
+        if (size && size != value)
+            violations.push_back("--" + std::string(name) + " " + std::to_string(size) + ", --init-from " + source +
+                                 " has " + std::to_string(value) + "; use --" + name + " " + std::to_string(value));
+        size = value;
+    };
+    take("layers", c.model.layers, found.layers);
+    take("channels", c.model.channels, found.channels);
+    take("heads", c.model.heads, found.heads);
+    take("context", c.model.context, found.context);
+    take("vocab", c.model.vocab, found.vocab);
+    if (!violations.empty()) refuse_config(violations);
+    c.model.untied = !found.tied;
+    if (c.data.tokenizer.empty()) c.data.tokenizer = tokenizer_of_vocab(found.vocab);
+    complete_config(c);
+}

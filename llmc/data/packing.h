@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "llmc/data/chunk.h"
 #include "llmc/data/loader.h"
-#include "llmc/pipeline/chunk.h"
 
 inline std::vector<Chunk> make_chunks(const Batch& batch, int64_t chunk_tokens) {
     std::vector<Chunk> chunks;

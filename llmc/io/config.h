@@ -7,7 +7,9 @@
 
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <set>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -77,6 +79,25 @@ inline std::string effective_toml(const Config& config) {
         text += "\n";
     }
     return text;
+}
+
+// The lines in which two effective configurations differ; those that only say how far to go do not count.
+inline std::vector<std::string> changed_settings(const std::string& before, const std::string& after) {
+    std::map<std::string, std::string> values;
+    std::vector<std::string> changes;
+    const auto for_each_setting = [](const std::string& toml, const auto& body) {
+        std::stringstream lines(toml);
+        for (std::string line; std::getline(lines, line);)
+            if (const size_t at = line.find(" = "); at != std::string::npos)
+                body(line.substr(0, at), line.substr(at + 3));
+    };
+    for_each_setting(before, [&](const std::string& name, const std::string& value) { values[name] = value; });
+    for_each_setting(after, [&](const std::string& name, const std::string& value) {
+        if (values.count(name) && values[name] != value && name != "resume" && name != "stop-after" &&
+            name != "run-dir")
+            changes.push_back(name + " has changed from " + values[name] + " to " + value);
+    });
+    return changes;
 }
 
 inline std::string help_text(const CommandRow& row) {

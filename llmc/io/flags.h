@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "llmc/common.h"
-#include "llmc/io/machine.h"
-#include "llmc/parallel/launch.h"
+#include "llmc/io/launch.h"
+#include "llmc/machine.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The configuration. Values here are the defaults; 0 (or "") mostly stands for "from the preset" and is filled in by

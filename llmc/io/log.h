@@ -2,6 +2,7 @@
 // rewritten in place. Called by the main programs and the commands.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -41,6 +42,24 @@ inline std::string table_text(const std::string& title, const std::vector<TableR
     std::string text = title + "\n";
     for (const auto& [name, value] : rows)
         text += "  " + name + std::string(width + 2 - name.size(), ' ') + value + "\n";
+    return text;
+}
+
+// Rows of a name and values, the values in columns.
+inline std::string columns_text(const std::vector<std::vector<std::string>>& rows) {
+    std::vector<size_t> widths;
+    for (const auto& row : rows) {
+        widths.resize(std::max(widths.size(), row.size()));
+        for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+    }
+    std::string text;
+    for (const auto& row : rows) {
+        for (size_t i = 0; i < row.size(); ++i) {
+            const std::string space(widths[i] - row[i].size(), ' ');
+            text += "  " + (i == 0 ? row[i] + space : space + row[i]);
+        }
+        text += "\n";
+    }
     return text;
 }
 

@@ -5,6 +5,7 @@
 
 #include "llmc/parallel/compare_plans.h"
 #include "llmc/parallel/memory.h"
+#include "llmc/parallel/transport.h"
 
 // The machine that a run is on, if there is a description: --cluster, or dev/clusters/this-cpu.toml where `doctor
 // --calibrate` has written it. Nobody has asked for that one: if it cannot be read, or is of another kind of program or

@@ -4,8 +4,13 @@
 #include <algorithm>
 #include <cmath>
 
+#include "llmc/data/loader.h"
+#include "llmc/io/flags.h"
 #include "llmc/io/log.h"
 #include "llmc/parallel/rank.h"
+#include "llmc/parallel/rank_weights.h"
+#include "llmc/parallel/run.h"
+#include "llmc/parallel/run_report.h"
 
 // How far tensors of this layout are from those of one rank, relative to the norm of the latter. The gradient of the
 // keys' bias is zero in exact arithmetic (it moves all scores of a query alike), so that it has to be small, and is
@@ -99,3 +104,30 @@ private:
 
     void exchange(const Transfer& transfer) { rank_.transport.wait(0, rank_.transport.post({&transfer, 1}) + 1); }
 };
+
+// Three steps on these ranks and, on rank 0, on `alone` (elsewhere null), from the same weights and from sample number
+// `sample` on. Whether all that can be compared agrees, the same on every rank.
+inline bool compare_steps(Rank& rank, Rank* alone, const Config& c, const Loader& loader, int64_t sample) {
+    LayoutComparison comparison(rank, alone);
+    for (int64_t number = 1; number <= 3; ++number) {
+        const Batch batch = next_batch(loader, sample, c.data.batch_tokens);
+        sample = batch.next_sample;
+        double loss[2] = {}, norm[2] = {};  // of the layout and of one rank
+        for (Rank* each : {&rank, alone}) {
+            if (!each) continue;
+            rank.transport.progress.busy_with("comparing layouts");
+            const Step step = prepare_step(batch, c.data.chunk_tokens, each->options.model);
+            loss[each != &rank] = compute_gradients(*each, step);
+            norm[each != &rank] = gradient_norm(*each);
+        }
+        if (alone) comparison.compare_losses(loss[0], loss[1]);
+        const auto gradients = [](Rank& of) { return of.gradients; };
+        comparison.compare_tensors(gradients, &LayoutComparison::Errors::gradient);
+        if (alone) clip_and_update(*alone, c, number, number, norm[1]);
+        clip_and_update(rank, c, number, number, norm[0]);
+        comparison.compare_tensors(widen_weights, &LayoutComparison::Errors::weight);
+    }
+    double good = comparison.report(layout_text(rank.options));
+    rank.transport.sum({&good, 1});
+    return good == rank.transport.ranks;
+}

@@ -3,7 +3,9 @@
 #pragma once
 
 #include "llmc/io/log.h"
+#include "llmc/io/relations.h"
 #include "llmc/parallel/options.h"
+#include "llmc/parallel/rank_plans.h"
 
 // The plans of all ranks.
 inline std::vector<MemoryPlan> memory_plans(const RankOptions& options) {

@@ -16,8 +16,8 @@
 #include <limits>
 #include <map>
 
+#include "llmc/io/launch.h"
 #include "llmc/parallel/exchange_stream.h"
-#include "llmc/parallel/launch.h"
 #include "llmc/parallel/transport.h"
 
 inline void check_mpi(int code, const char* what) {

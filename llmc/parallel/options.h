@@ -4,7 +4,9 @@
 #include "llmc/data/loader.h"
 #include "llmc/data/tokenizer.h"
 #include "llmc/io/flags.h"
-#include "llmc/parallel/rank.h"
+#include "llmc/parallel/rank_options.h"
+#include "llmc/pipeline/costs.h"
+#include "llmc/pipeline/simulate.h"
 
 inline GptConfig model_of(const Config& c) {
     const auto& m = c.model;

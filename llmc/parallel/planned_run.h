@@ -4,6 +4,7 @@
 #pragma once
 
 #include "llmc/parallel/planned_step.h"
+#include "llmc/pipeline/step.h"
 
 // What the chunks of a step have to do. Where documents share a chunk, attention is as efficient as at the mean of
 // their lengths, each counted by its work.

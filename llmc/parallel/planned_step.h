@@ -2,7 +2,7 @@
 // one, compare_plans.h compares several.
 #pragma once
 
-#include "llmc/parallel/rank.h"
+#include "llmc/parallel/rank_plans.h"
 #include "llmc/pipeline/costs.h"
 
 // Bytes of a device by kind.

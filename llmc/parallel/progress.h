@@ -5,14 +5,13 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstring>
-#include <ctime>
 #include <string>
 #include <thread>
 #include <type_traits>
 
+#include "llmc/clock.h"
 #include "llmc/pipeline/op.h"
 
 enum class Activity : int32_t {
@@ -22,17 +21,6 @@ enum class Activity : int32_t {
     waiting,    // for one transfer
     meeting,    // in a collective, which waits for all ranks
 };
-
-// Steady time in seconds.
-inline double seconds_now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-// Seconds that this thread has had a core: they stand still while it sleeps and while another program runs there.
-inline double seconds_on_core() {
-    timespec time{};
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-    return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
-}
 
 // How a rank is, as it tells others.
 struct Report {

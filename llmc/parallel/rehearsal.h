@@ -10,7 +10,7 @@
 
 #include "llmc/parallel/emulated_links.h"
 #include "llmc/parallel/op_loop.h"
-#include "llmc/pipeline/run.h"
+#include "llmc/parallel/run.h"
 
 // What travels in place of the result of an op.
 struct RehearsalMessage {

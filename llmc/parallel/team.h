@@ -8,7 +8,7 @@
 #include <set>
 #include <thread>
 
-#include "llmc/parallel/launch.h"
+#include "llmc/io/launch.h"
 #include "llmc/parallel/thread_transport.h"
 #include "llmc/parallel/watchdog.h"
 #ifdef USE_MPI

@@ -5,21 +5,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 #include <set>
 
-#include "llmc/pipeline/op.h"
-
-enum class EventKind { compute, send, receive, wait };
-
-// What a rank did for a while. A wait names the send or receive that it waits for.
-struct TraceEvent {
-    EventKind kind;
-    Op op;
-    double start, end;  // ms
-    int64_t bytes = 0;  // of a message
-};
+#include "llmc/pipeline/event.h"
 
 struct Picture {
     std::string title;

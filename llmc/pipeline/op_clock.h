@@ -8,8 +8,9 @@
 #include <nvtx3/nvToolsExt.h>
 #endif
 
+#include "llmc/clock.h"
 #include "llmc/device.h"
-#include "llmc/parallel/progress.h"
+#include "llmc/pipeline/op.h"
 
 // Names what is told to a GPU meanwhile, for its profilers (NVTX).
 struct ProfilerRange {

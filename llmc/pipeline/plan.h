@@ -13,6 +13,7 @@
 #include "llmc/model/activations.h"
 #include "llmc/pipeline/arena.h"
 #include "llmc/pipeline/chain.h"
+#include "llmc/pipeline/uses.h"
 
 struct PlacedUse {
     Tensor tensor;

@@ -7,6 +7,7 @@
 
 #include "llmc/io/json.h"
 #include "llmc/pipeline/draw.h"
+#include "llmc/pipeline/event.h"
 #include "llmc/pipeline/simulate.h"
 
 // The events of one rank. An event costs one append to memory that was reserved before.

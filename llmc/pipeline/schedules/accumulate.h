@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "llmc/pipeline/chain.h"
+#include "llmc/pipeline/uses.h"
 
 inline std::vector<Op> accumulate_schedule(int layers, const std::vector<ChunkShape>& chunks) {
     const Chain chain{layers, true};

@@ -1,10 +1,12 @@
-// The parts of train_gpt.cu that the commands use, too: the schedule loop and what is built on it directly.
+// The parts of train_gpt.cu that others use, too: commands the schedule loop and evaluation, compare_layouts.h the
+// halves of a training step.
 #pragma once
 
 #include <atomic>
 #include <functional>
 
 #include "llmc/data/loader.h"
+#include "llmc/io/flags.h"
 #include "llmc/parallel/rank.h"
 
 // For tests: called after each op, and given the loss of every target.
@@ -20,6 +22,17 @@ void run_ops(OpLoop& loop, const Plan& plan, const OpActions& actions);
 // `loss_scale` is one over the number of targets in the whole step. Returns the sum of the losses that this rank has
 // computed, in nats.
 double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale, Observer* observer = nullptr);
+
+// Forward and backward of one batch. Leaves the gradients of the mean loss in rank.gradients; returns that loss, the
+// same on every rank.
+double compute_gradients(Rank& rank, const Step& step, Observer* observer = nullptr);
+
+// Over all ranks; a parameter that several of them hold counts once.
+double gradient_norm(const Rank& rank);
+
+// The optimizer step of a training step, given the norm of its gradients. `update` is less than `step` where steps have
+// been skipped.
+void clip_and_update(Rank& rank, const Config& c, int64_t step, int64_t update, double norm);
 
 struct Evaluation {
     double loss = 0;  // mean over targets, nats

@@ -1,4 +1,5 @@
-// What the machine has left: memory and cores, by the kernel's and the control group's word.
+// What the machine has left: memory and cores, by the kernel's and the control group's word; and how idle threads leave
+// cores to others.
 #pragma once
 
 #include <sched.h>
@@ -7,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <fstream>
 #include <limits>
 #include <string>
@@ -64,4 +66,12 @@ inline int usable_threads() {
     if (std::ifstream(cgroup_file("cpu.max")) >> quota >> period && period > 0)
         cores = std::min(cores, int(std::ceil(quota / period)));
     return std::max(cores, 1);
+}
+
+// Idle OpenMP threads spin for milliseconds before they sleep, which costs dear where other programs or ranks want the
+// core. libgomp reads how long before main begins, so the program starts itself once more with a short time.
+inline void spin_briefly(char** argv) {
+    if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT")) return;
+    setenv("GOMP_SPINCOUNT", "20000", 1);
+    execv("/proc/self/exe", argv);  // where that fails, threads spin
 }
