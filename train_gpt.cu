@@ -153,12 +153,12 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
     return loss;
 }
 
-// Has a GPU load all kernels of a step, and its matrix products choose their algorithms, before the first step: runs
-// every op on whatever is in memory, without messages. A GPU loads kernels when they are first used, and may wait for
-// all its streams to do so. Products choose unless the bits of a run are to repeat in another. Only the gradients are
-// written to, which every step begins with zeros.
-void load_kernels_and_tune([[maybe_unused]] Rank& rank, [[maybe_unused]] const Step& step) {
 #ifdef USE_CUDA
+// Has a GPU load all kernels of a step, and its matrix products choose their algorithms, before anything else is run:
+// runs every op on whatever is in memory, without messages. A GPU loads kernels when they are first used, and may wait
+// for all its streams to do so. Products choose unless the bits of a run are to repeat in another. Only the gradients
+// are written to, which every step begins with zeros.
+void load_kernels_and_tune(Rank& rank, const Step& step) {
     const Plan& plan = rank.plan_for(step.group_sizes, true);
     rank.inputs.load(rank.device, step);
     rank.device.tune_products = !rank.options.deterministic;
@@ -166,8 +166,8 @@ void load_kernels_and_tune([[maybe_unused]] Rank& rank, [[maybe_unused]] const S
         if (plan.ops[i].kind == Kind::compute) compute(rank, plan, i, 1, nullptr);
     rank.device.tune_products = false;
     finish(rank.device);
-#endif
 }
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradients, evaluation
@@ -351,15 +351,24 @@ int training_loop(Training& run) {
     const Config& c = job.config;
     Signals& signals = job.signals;
     const int64_t last = c.run.stop_after ? std::min(c.run.stop_after, c.training.steps) : c.training.steps;
+    double since = 0;  // end of the step before, or of what came between the two
     const auto validate = [&](int64_t step) -> std::optional<double> {
         const bool due = step == 0 || step == c.training.steps || (c.run.val_every && step % c.run.val_every == 0);
         if (!job.val_loader || !due) return std::nullopt;
         const Evaluation result =
             evaluate(rank, *job.val_loader, c.data.batch_tokens, c.run.val_tokens, &signals.stop_wanted);
         run.validation_pending = result.ended_early;  // whoever resumes makes up for it
+        since = seconds_now();
         return run.validation_pending ? std::nullopt : std::optional(result.loss);
     };
 
+    const auto step_of = [&](const Batch& batch) {
+        return prepare_step(batch, c.data.chunk_tokens, rank.options.model);
+    };
+
+#ifdef USE_CUDA
+    load_kernels_and_tune(rank, step_of(next_batch(job.loader, run.state.sample_index, c.data.batch_tokens)));
+#endif
     if (run.state.step == 0) {
         if (job.val_loader) run.log({.step = 0, .val_loss = validate(0)});
     } else if (run.validation_pending) {
@@ -374,14 +383,14 @@ int training_loop(Training& run) {
     }
     int64_t saved_step = run.state.step;
     bool stop = run.validation_pending;
+    since = seconds_now();
     while (run.state.step < last && !stop) {
         transport.progress.busy_with("the data of a step");
-        const double start = seconds_now(), busy_before = rank.busy_seconds;
+        const double busy_before = rank.busy_seconds;
         const Batch batch = next_batch(job.loader, run.state.sample_index, c.data.batch_tokens);
-        const Step step = prepare_step(batch, c.data.chunk_tokens, rank.options.model);
+        const Step step = step_of(batch);
         const int64_t number = run.state.step + 1;
 
-        if (run.state.step == first_step) load_kernels_and_tune(rank, step);
         const double loss = compute_gradients(rank, step);
         const double norm = gradient_norm(rank);
         if (std::isfinite(loss) && std::isfinite(norm)) {
@@ -396,7 +405,8 @@ int training_loop(Training& run) {
         run.state.sample_index = batch.next_sample;
 
         // What the ranks have to agree on, or add up.
-        const double seconds = seconds_now() - start;
+        const double now = seconds_now(), seconds = now - since;
+        since = now;  // a GPU may still be at the update: the step after this one has its time
         double totals[] = {rank.busy_seconds - busy_before, double(signals.stop_wanted),
                            double(signals.checkpoint_wanted.exchange(false)), double(used_on_device())};
         transport.sum(totals);
@@ -417,12 +427,16 @@ int training_loop(Training& run) {
         run.log(run.last_record);
         stop = stop_votes > 0 || run.validation_pending;
         if (number == first_step + 3) run.note(memory_note(rank, job.used_before, !threads));
-        if (rank.trace && number == first_step + traced_steps) write_trace(rank, c.run.trace);
+        if (rank.trace && number == first_step + traced_steps) {
+            write_trace(rank, c.run.trace);
+            since = seconds_now();
+        }
 
         const bool due = c.run.checkpoint_every && number % c.run.checkpoint_every == 0;
         if (due || checkpoint_votes > 0) {
             save(run);
             saved_step = number;
+            since = seconds_now();
         }
     }
     if (rank.trace) write_trace(rank, c.run.trace);

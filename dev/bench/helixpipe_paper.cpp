@@ -37,7 +37,7 @@ struct Case {
     }
 };
 
-constexpr HelixOptions as_published = {true, false, false, false};
+constexpr HelixOptions as_published = HelixOptions::published();
 constexpr int row_pieces = 8;
 
 // A step in one recompute mode, simulated.

@@ -16,7 +16,7 @@ inline std::vector<HelixOptions> helix_variants() {
             {true, true, true, false},
             {true, false, true, true},
             {true, true, false, true},
-            {true, false, false, false},
+            HelixOptions::published(),
             {false, false, false, true},
             {false, false, false, false}};
 }

@@ -232,7 +232,7 @@ TEST(Costs, AddUpToTheModel) {
     const std::vector<std::pair<std::string, HelixOptions>> cases = {{"1f1b", neither},
                                                                      {"zb-h1", neither},
                                                                      {"helix", neither},
-                                                                     {"helix", {true, false, false, false}},
+                                                                     {"helix", HelixOptions::published()},
                                                                      {"helix", {true, true, true, false}},
                                                                      {"helix", {}}};
     for (const auto& [name, variant] : cases) {
@@ -308,7 +308,7 @@ TEST(Costs, FollowTheCluster) {
     c = cluster_of_rate(1e3);
     c.memory_bandwidth = 1;  // LayerNorm reads a row of the residual stream and writes one
     EXPECT_DOUBLE_EQ(ms(c, {Part::pre, Pass::F, 0, 0}), qkv + 4.0 * N * C / 1e6);
-    const TensorRules moved{4, true, Recompute::none, true, {true, false, false, false}};
+    const TensorRules moved{4, true, Recompute::none, true, HelixOptions::published()};
     EXPECT_DOUBLE_EQ(ms(c, {Part::pre, Pass::F, 0, 0}, moved), 4.0 * N * C / 1e6);
     EXPECT_DOUBLE_EQ(ms(c, {Part::attention, Pass::F, 0, 0}, moved), qkv + attention);
 
@@ -328,7 +328,7 @@ TEST(Costs, Messages) {
     const GptConfig g{.layers = 4, .channels = C, .heads = 4, .context = N, .vocab = 100, .padded_vocab = 128};
     Cluster c = cluster_of_rate(1);
     c.tp = 2, c.devices = 16, c.devices_per_node = 8, c.inside = {100, 1}, c.between = {10, 5};
-    const TensorRules moved{4, true, Recompute::none, true, {true, false, false, false}};
+    const TensorRules moved{4, true, Recompute::none, true, HelixOptions::published()};
     const OpCosts costs(c, element_sizes("bf16"), g, {{N}}, moved);
     Op x{Part::pre, Pass::F, 1, 0, false, Kind::send, 3};
     const Op dx{Part::attention, Pass::B, 1, 0, false, Kind::send, 3};

@@ -233,8 +233,8 @@ TEST(Progress, ReadsAreWhole) {
     writer.join();
 }
 
-static Sight sight(Activity activity, const std::string& text, double seconds, double limit, int peer = -1) {
-    Sight s;
+static RankStatus status(Activity activity, const std::string& text, double seconds, double limit, int peer = -1) {
+    RankStatus s;
     s.report = {activity, peer, seconds, limit, ""};
     text.copy(s.report.text, sizeof s.report.text - 1);
     s.report.text[text.size()] = '\0';
@@ -244,16 +244,16 @@ static Sight sight(Activity activity, const std::string& text, double seconds, d
 
 class Cause : public ::testing::Test {
 protected:
-    std::vector<Sight> ranks = {sight(Activity::busy, "optimizer", 5, 300),
-                                sight(Activity::waiting, "waits for Y layer 3 chunk 5 from rank 2", 50, 10, 2),
-                                sight(Activity::computing, "attention layer 3 chunk 5", 9, 10)};
+    std::vector<RankStatus> ranks = {status(Activity::busy, "optimizer", 5, 300),
+                                     status(Activity::waiting, "waits for Y layer 3 chunk 5 from rank 2", 50, 10, 2),
+                                     status(Activity::computing, "attention layer 3 chunk 5", 9, 10)};
     std::string at(double now) const { return cause_of_end(ranks, now); }
 };
 
 TEST_F(Cause, NothingWhileAllIsWell) {
     EXPECT_EQ(at(100), "");
     EXPECT_EQ(at(109), "");
-    ranks[0].state = Sight::gone;
+    ranks[0].state = RankStatus::gone;
     ranks[0].heard = 0;
     ranks[0].report.seconds = 1e6;
     EXPECT_EQ(at(100), "");
@@ -261,7 +261,7 @@ TEST_F(Cause, NothingWhileAllIsWell) {
 
 TEST_F(Cause, ADeadRankBeforeAllElse) {
     ranks[0].report.seconds = 1000;
-    ranks[2].state = Sight::dead;
+    ranks[2].state = RankStatus::dead;
     EXPECT_EQ(at(100),
               "rank 2 has died, last seen in attention layer 3 chunk 5; rank 1 waits for Y layer 3 chunk 5 "
               "from rank 2");
@@ -270,8 +270,8 @@ TEST_F(Cause, ADeadRankBeforeAllElse) {
     EXPECT_EQ(at(100),
               "rank 2 has died, last seen in attention layer 3 chunk 5; no rank waits for it yet, the first would be "
               "rank 1");
-    ranks[2].state = Sight::present;
-    ranks[1].state = Sight::dead;
+    ranks[2].state = RankStatus::present;
+    ranks[1].state = RankStatus::dead;
     ranks[1].report.peer = 2;
     EXPECT_EQ(at(100),
               "rank 1 has died, last seen waiting for Y layer 3 chunk 5 from rank 2; no rank waits for it yet");
@@ -294,8 +294,8 @@ TEST_F(Cause, TheRankThatComputesTooLongAndNotThoseThatWait) {
 }
 
 TEST_F(Cause, AllWait) {
-    ranks[0] = sight(Activity::meeting, "waits for all ranks: validation", 3, 300);
-    ranks[2] = sight(Activity::waiting, "waits for X layer 0 chunk 0 from rank 1", 20, 10, 1);
+    ranks[0] = status(Activity::meeting, "waits for all ranks: validation", 3, 300);
+    ranks[2] = status(Activity::waiting, "waits for X layer 0 chunk 0 from rank 1", 20, 10, 1);
     EXPECT_EQ(at(100),
               "all ranks wait, the first to do so: rank 1 waits for Y layer 3 chunk 5 from rank 2 for 50 s "
               "(limit 10 s)");

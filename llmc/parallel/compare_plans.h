@@ -46,8 +46,8 @@ inline std::vector<RankOptions> layouts_to_compare(const RankOptions& base, int 
         };
         if (schedule.name == "helix") {
             for (const bool published : {false, true}) {
-                if (published && (!open.helix || base.layout.helix.as_published())) break;
-                if (published) o.layout.helix = {true, false, false, false};
+                if (published && (!open.helix || base.layout.helix == HelixOptions::published())) break;
+                if (published) o.layout.helix = HelixOptions::published();
                 for (int folds : {1, 2}) {
                     if (!open.folds && folds > 1) break;
                     if (open.folds) o.layout.folds = folds;

@@ -187,9 +187,9 @@ private:
             return transport.ranks == 1 ? "" : "rank " + std::to_string(rank) + ", " + transport.progress.text() + ": ";
         };
         const auto who_waits = [&] {
-            std::vector<Sight> sights(static_cast<size_t>(transport.ranks));
-            for (const Transport* member : members) sights[size_t(member->rank)].report = member->progress.report(0);
-            return who_waits_for(sights, rank);
+            std::vector<RankStatus> statuses(static_cast<size_t>(transport.ranks));
+            for (const Transport* member : members) statuses[size_t(member->rank)].report = member->progress.report(0);
+            return who_waits_for(statuses, rank);
         };
         try {
             const int code = body(transport);

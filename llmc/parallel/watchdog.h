@@ -18,7 +18,7 @@
 #include "llmc/parallel/side_channel.h"
 
 // A rank, as another sees it.
-struct Sight {
+struct RankStatus {
     enum State {
         present,
         gone,    // has ended well
@@ -33,9 +33,9 @@ struct Sight {
 };
 
 // Who waits for rank r; "" if that is not known.
-inline std::string who_waits_for(std::span<const Sight> ranks, size_t r) {
+inline std::string who_waits_for(std::span<const RankStatus> ranks, size_t r) {
     for (size_t i = 0; i < ranks.size(); ++i)
-        if (i != r && ranks[i].state == Sight::present && ranks[i].report.activity == Activity::waiting &&
+        if (i != r && ranks[i].state == RankStatus::present && ranks[i].report.activity == Activity::waiting &&
             ranks[i].report.peer == int(r))
             return "; rank " + std::to_string(i) + " " + ranks[i].report.text;
     const Report& report = ranks[r].report;
@@ -44,7 +44,7 @@ inline std::string who_waits_for(std::span<const Sight> ranks, size_t r) {
 }
 
 // Why the run must end, "" while it need not. To blame is who computes or does not answer, not who waits for it.
-inline std::string cause_of_end(std::span<const Sight> ranks, double now) {
+inline std::string cause_of_end(std::span<const RankStatus> ranks, double now) {
     auto name = [](size_t r) { return "rank " + std::to_string(r) + " "; };
     auto seconds = [](double s) { return std::to_string(int64_t(s)) + " s"; };
     auto who_waits = [&](size_t r) {
@@ -58,9 +58,9 @@ inline std::string cause_of_end(std::span<const Sight> ranks, double now) {
     };
 
     for (size_t r = 0; r < ranks.size(); ++r)
-        if (ranks[r].state == Sight::dead) return name(r) + "has died" + last_seen(ranks[r].report) + who_waits(r);
+        if (ranks[r].state == RankStatus::dead) return name(r) + "has died" + last_seen(ranks[r].report) + who_waits(r);
     for (size_t r = 0; r < ranks.size(); ++r)
-        if (ranks[r].state == Sight::present && !ranks[r].answers(now))
+        if (ranks[r].state == RankStatus::present && !ranks[r].answers(now))
             return name(r) + "has not answered for " + seconds(now - ranks[r].heard) + last_seen(ranks[r].report) +
                    who_waits(r);
 
@@ -69,7 +69,7 @@ inline std::string cause_of_end(std::span<const Sight> ranks, double now) {
     bool all_wait = true;  // and not just for a moment, as they may while a message is under way
     for (size_t r = 0; r < ranks.size(); ++r) {
         const Report& report = ranks[r].report;
-        if (ranks[r].state != Sight::present) continue;
+        if (ranks[r].state != RankStatus::present) continue;
         if (report.works() && report.seconds > excess * report.limit) {
             slowest = r;
             excess = report.seconds / report.limit;
@@ -96,7 +96,7 @@ public:
     Watchdog(std::vector<const Progress*> own, double hang_timeout, Transport* processes = nullptr)
         : own_(std::move(own)), first_(processes ? processes->rank : 0), hang_timeout_(hang_timeout) {
         if (processes) channel_ = std::make_unique<SideChannel>(*processes);
-        sights_.resize(processes ? size_t(processes->ranks) : own_.size());
+        statuses_.resize(processes ? size_t(processes->ranks) : own_.size());
         // Many processes speak less often, so that beats cost little.
         if (processes) period_ms_ *= int(std::clamp<int64_t>(ceil_div(processes->ranks, 16), 1, 8));
         thread_ = std::thread([this] { watch(); });
@@ -124,7 +124,7 @@ private:
     const double hang_timeout_;
     int period_ms_ = 100;
     std::unique_ptr<SideChannel> channel_;  // between processes only
-    std::vector<Sight> sights_;             // by rank
+    std::vector<RankStatus> statuses_;      // by rank
     double last_look_ = 0;
     double resumed_ = 0;  // when this process was last found to have been stopped itself
     const int wake_ = eventfd(0, EFD_CLOEXEC);
@@ -133,13 +133,13 @@ private:
 
     void watch() {
         last_look_ = seconds_now();
-        for (Sight& sight : sights_) sight.heard = last_look_;
+        for (RankStatus& status : statuses_) status.heard = last_look_;
         while (!ended_) {
             look();
-            if (channel_) channel_->send({SideChannel::Kind::beat, sights_[size_t(first_)].report});
+            if (channel_) channel_->send({SideChannel::Kind::beat, statuses_[size_t(first_)].report});
             sleep(period_ms_);
             look();
-            const std::string cause = cause_of_end(sights_, seconds_now());
+            const std::string cause = cause_of_end(statuses_, seconds_now());
             if (failed_rank() >= 0) end_behind();
             else if (!cause.empty()) end(cause);
         }
@@ -151,38 +151,38 @@ private:
         else poll(&wake, 1, milliseconds);
     }
 
-    // Brings sights_ up to date.
+    // Brings statuses_ up to date.
     void look() {
         const double now = seconds_now();
         // A job that was stopped and goes on (Ctrl-Z, a laptop asleep): nobody is late for that.
         if (now - last_look_ > 2 + 1e-3 * period_ms_) {
             resumed_ = now;
-            for (Sight& sight : sights_) sight.heard = now;
+            for (RankStatus& status : statuses_) status.heard = now;
         }
         last_look_ = now;
         for (size_t i = 0; i < own_.size(); ++i) {
-            Sight& sight = sights_[size_t(first_) + i];
-            sight.report = own_[i]->report(hang_timeout_, resumed_);
-            sight.heard = now;
+            RankStatus& status = statuses_[size_t(first_) + i];
+            status.report = own_[i]->report(hang_timeout_, resumed_);
+            status.heard = now;
         }
         if (!channel_) return;
         channel_->receive(
             [&](int rank, const SideChannel::Message& message) {
-                Sight& sight = sights_[size_t(rank)];
-                sight.heard = now;
-                if (message.kind == SideChannel::Kind::beat) sight.report = message.report;
-                if (message.kind == SideChannel::Kind::goodbye) sight.state = Sight::gone;
-                if (message.kind == SideChannel::Kind::failed) sight.state = Sight::failed;
+                RankStatus& status = statuses_[size_t(rank)];
+                status.heard = now;
+                if (message.kind == SideChannel::Kind::beat) status.report = message.report;
+                if (message.kind == SideChannel::Kind::goodbye) status.state = RankStatus::gone;
+                if (message.kind == SideChannel::Kind::failed) status.state = RankStatus::failed;
             },
             [&](int rank) {
-                Sight& sight = sights_[size_t(rank)];
-                if (sight.state == Sight::present) sight.state = Sight::dead;
+                RankStatus& status = statuses_[size_t(rank)];
+                if (status.state == RankStatus::present) status.state = RankStatus::dead;
             });
     }
 
     int failed_rank() const {
-        for (size_t r = 0; r < sights_.size(); ++r)
-            if (sights_[r].state == Sight::failed) return int(r);
+        for (size_t r = 0; r < statuses_.size(); ++r)
+            if (statuses_[r].state == RankStatus::failed) return int(r);
         return -1;
     }
 
@@ -192,14 +192,14 @@ private:
         peer_died_ = true;
         const double now = seconds_now();
         double patience = resumed_ > 0 && now - resumed_ < 5 ? 5 : 0.02;
-        for (int r = 0; r < first_; ++r) patience += sights_[size_t(r)].answers(now) ? 0.5 : 0;
+        for (int r = 0; r < first_; ++r) patience += statuses_[size_t(r)].answers(now) ? 0.5 : 0;
         while (seconds_now() < now + patience) {
             if (ended_) return;
             if (failed_rank() >= 0) return end_behind();
             sleep(5);
             look();
         }
-        if (cause_of_end(sights_, seconds_now()).empty()) {  // it has come to life again
+        if (cause_of_end(statuses_, seconds_now()).empty()) {  // it has come to life again
             peer_died_ = false;
             return;
         }

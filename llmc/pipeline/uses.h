@@ -59,7 +59,8 @@ struct HelixOptions {
     // wait for the backward pass, so that nothing of them is kept or recomputed.
     bool spread_head = true;
 
-    bool as_published() const { return move_qkv && !weights_once && !move_norm && !spread_head; }
+    static constexpr HelixOptions published() { return {true, false, false, false}; }  // by HelixPipe's authors
+    bool operator==(const HelixOptions&) const = default;
     // Whether an op or message of a layer has weights or their gradients with it. Of row pieces, weights come with the
     // first one, and their gradients with the last.
     bool weights_with(const Op& op) const {
@@ -69,7 +70,7 @@ struct HelixOptions {
 
 // What is not as it is by default.
 inline std::string helix_text(const HelixOptions& helix) {
-    if (helix.as_published()) return ", as published";
+    if (helix == HelixOptions::published()) return ", as published";
     std::string text = helix.move_qkv ? helix.weights_once ? "" : ", weights with every chunk" : ", QKV move off";
     if (helix.move_qkv && !helix.move_norm) text += ", norm move off";
     return text + (helix.spread_head ? "" : ", spread head off");
