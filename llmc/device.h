@@ -224,6 +224,8 @@ class PinnedMemory {
 public:
     PinnedMemory() = default;
     explicit PinnedMemory(int64_t bytes) : bytes_(bytes) { CUDA_CHECK(cudaMallocHost(&data_, size_t(bytes))); }
+    PinnedMemory(PinnedMemory&& other) noexcept
+        : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
     PinnedMemory& operator=(PinnedMemory&& other) noexcept {
         std::swap(data_, other.data_), std::swap(bytes_, other.bytes_);
         return *this;

@@ -105,10 +105,6 @@ public:
 #else
     // A send is copied to pinned memory and given to MPI once that is done; MPI receives into pinned memory, and what
     // has arrived is copied to the GPU. The host does all that is due whenever it is here.
-    ~MpiTransport() {
-        for (const Piece& piece : open_) cudaFreeHost(piece.host);
-        for (const auto& [bytes, memory] : pinned_) cudaFreeHost(memory);
-    }
     void attach(const Device& device) override { exchange_.attach(device); }
     void abandon() override { exchange_.finish(); }
 
@@ -127,9 +123,9 @@ public:
                             .device = static_cast<char*>(t.data) + begin,
                             .host = take_pinned(bytes),
                             .posted = posted};
-                if (t.send) copy(piece, piece.host, piece.device, cudaMemcpyDeviceToHost);
-                else start(piece, false, piece.host, bytes, t.peer);
-                open_.push_back(piece);
+                if (t.send) copy(piece, piece.host.data(), piece.device, cudaMemcpyDeviceToHost);
+                else start(piece, false, piece.host.data(), bytes, t.peer);
+                open_.push_back(std::move(piece));
                 begin += bytes;
             } while (begin < t.bytes);
             ++posted_;
@@ -194,7 +190,8 @@ private:
         int64_t bytes = 0;
         int peer = -1;
         Stage stage = Stage::copying;
-        void *device = nullptr, *host = nullptr;
+        void* device = nullptr;
+        PinnedMemory host;
         Mark posted{};        // the compute stream, when the transfer was posted
         Mark copied{};        // the copy, once the stream is told of it
         bool waited = false;  // for
@@ -216,20 +213,12 @@ private:
 
 #ifdef USE_CUDA
     ExchangeStream exchange_;
-    std::multimap<int64_t, void*> pinned_;  // that nobody uses, by size in bytes
+    std::multimap<int64_t, PinnedMemory> pinned_;  // that nobody uses, by size in bytes
 
-    static int64_t pinned_bytes(int64_t bytes) {
-        return int64_t(std::bit_ceil(uint64_t(std::max<int64_t>(bytes, 4096))));
-    }
-    void* take_pinned(int64_t bytes) {
-        void* memory = nullptr;
-        if (const auto found = pinned_.find(pinned_bytes(bytes)); found != pinned_.end()) {
-            memory = found->second;
-            pinned_.erase(found);
-        } else {
-            CUDA_CHECK(cudaMallocHost(&memory, size_t(pinned_bytes(bytes))));
-        }
-        return memory;
+    PinnedMemory take_pinned(int64_t bytes) {
+        const auto size = int64_t(std::bit_ceil(uint64_t(std::max<int64_t>(bytes, 4096))));
+        auto found = pinned_.extract(size);
+        return found ? std::move(found.mapped()) : PinnedMemory(size);
     }
     void copy(Piece& piece, void* to, const void* from, cudaMemcpyKind kind) {
         piece.copied = exchange_.new_mark();
@@ -244,20 +233,21 @@ private:
             if (send && piece.stage == Stage::copying) {
                 sends_copied = sends_copied && ExchangeStream::reached(piece.copied);
                 if (!sends_copied) continue;
-                start(piece, true, piece.host, piece.bytes, piece.peer);
+                start(piece, true, piece.host.data(), piece.bytes, piece.peer);
                 piece.stage = Stage::travelling;
             }
             bool finished = false;
             if (piece.stage == Stage::travelling && test(piece)) {
                 finished = send;
                 piece.stage = Stage::copying;
-                if (!send) copy(piece, piece.device, piece.host, cudaMemcpyHostToDevice);
+                if (!send) copy(piece, piece.device, piece.host.data(), cudaMemcpyHostToDevice);
             } else if (piece.stage == Stage::copying && !send) {
                 finished = ExchangeStream::reached(piece.copied);
             }
             if (!finished) continue;
             piece.stage = Stage::done;
-            pinned_.emplace(pinned_bytes(piece.bytes), std::exchange(piece.host, nullptr));
+            const int64_t size = piece.host.size();
+            pinned_.emplace(size, std::move(piece.host));
         }
     }
 #endif
