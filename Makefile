@@ -1,6 +1,6 @@
 # make, make run, make test: `make help` lists the rest. Programs are built into build/DEVICE-PRECISION, and ./train_gpt
-# and ./test_gpt are links to those built last. One file is one program (but
-# for cuDNN's front end, which takes a minute to compile): all else is in headers.
+# and ./test_gpt are links to those built last. One file is one program: all
+# else is in headers, but cuDNN's front end, which takes a minute to compile.
 
 # The device: cpu, or cuda for NVIDIA GPUs. cuda-on-host runs CUDA code without a GPU, slowly and under sanitizers, for
 # tests (dev/tests/cuda_on_host).

@@ -159,6 +159,7 @@ double run_ops(Rank& rank, const Plan& plan, const Step& step, floatS loss_scale
 // for all its streams to do so. Products choose unless the bits of a run are to repeat in another. Only the gradients
 // are written to, which every step begins with zeros.
 void load_kernels_and_tune(Rank& rank, const Step& step) {
+    rank.transport.progress.busy_with("loading kernels and choosing algorithms");
     const Plan& plan = rank.plan_for(step.group_sizes, true);
     rank.inputs.load(rank.device, step);
     rank.device.tune_products = !rank.options.deterministic;
@@ -367,7 +368,8 @@ int training_loop(Training& run) {
     };
 
 #ifdef USE_CUDA
-    load_kernels_and_tune(rank, step_of(next_batch(job.loader, run.state.sample_index, c.data.batch_tokens)));
+    if (run.state.step < last)
+        load_kernels_and_tune(rank, step_of(next_batch(job.loader, run.state.sample_index, c.data.batch_tokens)));
 #endif
     if (run.state.step == 0) {
         if (job.val_loader) run.log({.step = 0, .val_loss = validate(0)});

@@ -157,17 +157,21 @@ bench-short | bench-long)
     else
         cases=("7b, 8 layers 1x32768" "7b, 4 layers 1x131072" "7b, 8 layers 1x131072") steps=3
     fi
-    [ -n "${2:-}" ] && cases=("${cases[$2 - 1]}")
+    case ${2:-} in
+    "") ;;
+    [1-9])
+        [ "$2" -le ${#cases[@]} ] || { echo "gpu_check.sh: $part has cases 1 to ${#cases[@]}, not $2" >&2 && exit 2; }
+        cases=("${cases[$2 - 1]}") ;;
+    *) echo "gpu_check.sh: $part has cases 1 to ${#cases[@]}, not $2" >&2 && exit 2 ;;
+    esac
     [ "$device" = cuda ] || cases=("small 2x8") steps=2
     [ "$part$device${2:-}" = bench-shortcuda ] && check "kernels of the 7B model at 8192 tokens" \
         "build/bench/gpu_kernels_cuda-$speed" --model helixpipe:7b --sequences 1 --length 8192 --json
     for name in "${cases[@]}"; do
-        if timeout -k 10 540 dev/bench/gpu_vs_torch --device "$device" --case "$name" --steps $steps --json 2>&1 |
-            tee -a "$log" | grep tokens_per_second; [ "${PIPESTATUS[0]}" = 0 ]; then
-            echo "passed  $name was measured"
-        else
-            echo "FAILED  $name was not measured"
-        fi | tee -a "$log"
+        timeout -k 10 540 dev/bench/gpu_vs_torch --device "$device" --case "$name" --steps $steps --json 2>&1 |
+            tee -a "$log" | grep tokens_per_second
+        [ "${PIPESTATUS[0]}" = 0 ] && result="passed " || result="FAILED "
+        echo "$result $name: measured against PyTorch and R" | tee -a "$log"
     done ;;
 esac
 find "$work" -mindepth 1 -maxdepth 1 ! -name lib -exec rm -rf {} +

@@ -4,6 +4,7 @@
 // L layers, T context, V vocabulary, Vp padded vocabulary, S sequences, p stages, m chunks.
 #pragma once
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstddef>
 #include <cstdint>
@@ -121,7 +122,7 @@ struct Failure : std::runtime_error {
     va_list arguments, again;
     va_start(arguments, pattern);
     va_copy(again, arguments);
-    std::string text(size_t(std::vsnprintf(nullptr, 0, pattern, arguments)) + 1, '\0');
+    std::string text(size_t(std::max(0, std::vsnprintf(nullptr, 0, pattern, arguments))) + 1, '\0');
     std::vsnprintf(text.data(), text.size(), pattern, again);
     va_end(arguments);
     va_end(again);

@@ -29,8 +29,8 @@
 #ifdef USE_CUDA
 class CudnnAttention;
 
-// The algorithms that cuBLASLt has chosen, by all that a product's choice depends on (matmul.cuh); nothing where it has
-// none.
+// The algorithms that cuBLASLt has chosen, by what the choice depends on (matmul.cuh), tokens by their class; nothing
+// where it has none.
 using MatmulKey = std::array<int64_t, 11>;
 using MatmulAlgorithms = std::map<MatmulKey, std::optional<cublasLtMatmulAlgo_t>>;
 #endif
@@ -112,7 +112,7 @@ inline void choose_device(int local_rank) {
 #endif
 }
 
-// Bytes that ranks may still take on the device of this thread; on the CPU, of the machine.
+// Bytes that ranks may still take on the device of this thread, less than what is free; on the CPU, of the machine.
 inline int64_t available_on_device() {
 #ifdef USE_CUDA
     size_t free = 0, total = 0;

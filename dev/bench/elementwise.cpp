@@ -1,6 +1,6 @@
 // Memory-bound kernels in GB/s beside the STREAM triad a[i] = b[i] + s c[i], measured over as many bytes, alternately
 // with the kernel. Bytes are those a program names: a written line's first fetch is not counted, in either.
-// copy_rows has next to no arithmetic: it shows what such a mix of reads and writes can reach.
+// copy_rows has next to no arithmetic: it shows what as many reads as writes can reach.
 //
 //   build/bench/elementwise [--json] [--threads 2]
 #include <omp.h>

@@ -1,9 +1,9 @@
 // The kernels of a training step on one GPU, at the shapes of a case, each beside what bounds it, measured alternately:
 //
-//   matrix products    in TFLOP/s, beside the same product of cuBLASLt without bias, GELU or accumulation
+//   matrix products    in TFLOP/s, beside the same product of cuBLASLt without bias, GELU, residual or accumulation
 //   head               logits, cross entropy, gradients, beside its three matrix products
-//   attention          in TFLOP/s of the causal half (backward: 2.5 x forward); ours on tensor cores beside cuDNN's, up
-//                      to 8192 tokens: beyond, cuDNN's alone
+//   attention          in TFLOP/s of the causal half (backward: 2.5 x forward); cuDNN's, and up to 8192 tokens ours
+//                      on tensor cores beside it
 //   all others         in GB/s of the bytes that they must read and write, beside a copy of as many bytes
 //
 // and from the bounds the ceiling R of a whole step: the products and attentions at their measured rates, and
@@ -346,9 +346,12 @@ private:
             std::vector<std::function<void()>> works = {[&] { pass(with_cudnn); }};
             if (c_.length <= 8192) works.push_back([&] { pass(device_); });
             const auto seconds = seconds_of(device_, c_.milliseconds, works);
+            const double bound = times * flops / seconds[0];
+            print(std::string("attention ") + name + (cudnn_ ? ", cuDNN's" : ", ours, no cuDNN here"), "TFLOP/s",
+                  seconds[0], bound, bound);
             if (works.size() > 1)
-                print(std::string("attention ") + name + (cudnn_ ? ", ours by cuDNN" : ", no cuDNN here"), "TFLOP/s",
-                      seconds[1], times * flops / seconds[1], times * flops / seconds[0]);
+                print(std::string("attention ") + name + ", ours", "TFLOP/s", seconds[1], times * flops / seconds[1],
+                      bound);
             attention_seconds_ += double(g.layers) * seconds[0];
         }
         memory_bound("attention delta", double(N) * double(2 * C * sizeof(floatX) + g.heads * sizeof(floatS)),

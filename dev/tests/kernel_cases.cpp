@@ -136,9 +136,14 @@ int main(int argc, char** argv) {
         if (arguments.size() != 1 && !only)
             throw Failure(EXIT_CONFIG,
                           "usage: kernel_cases OUTPUTS [--only OP], or kernel_cases compare REFERENCE OUTPUTS");
-#if defined(USE_CUDA) && !defined(USE_CUDNN)
-        if (only && arguments[2] == "cudnn_attention")
-            return std::printf("this program was built without cuDNN\n"), 77;  // nothing was checked
+#ifdef USE_CUDA
+#ifdef USE_CUDNN
+        const std::string absence = cudnn_absence();
+#else
+        const std::string absence = "this program was built without cuDNN";
+#endif
+        if (only && arguments[2] == "cudnn_attention" && !absence.empty())
+            return std::printf("%s\n", absence.c_str()), 77;  // nothing was checked
 #endif
         Records records;
         bool known = false;

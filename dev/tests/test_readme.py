@@ -52,7 +52,7 @@ def test_every_file_of_llmc_is_on_the_map():
 
 
 def test_includes_go_one_way():
-    """As llmc/README.md says: from a room to itself, to those after it in the sentence, and to the files beside them."""
+    """As llmc/README.md says: to a room itself, to those after it in the sentence, to the files beside them."""
     sentence = re.search(r"`train_gpt\.cu`(?:\s→\s`\w+`)+", (ROOT / "llmc/README.md").read_text())[0]
     rooms = [f"llmc/{name}" for name in re.findall(r"→\s`(\w+)`", sentence)] + ["llmc"]
     assert sorted(rooms) == sorted({"llmc", *(str(path.relative_to(ROOT)) for path in (ROOT / "llmc").iterdir()

@@ -40,7 +40,7 @@ static std::string load_cudnn() {
         if (!dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL))
             return library + ", which cuDNN needs, cannot be loaded: " + dlerror();
     setenv("CUDNN_FRONTEND_CUDART_LIB_NAME", runtime.c_str(), 0);
-    // On the GPU, where there is one.
+    // Its backward pass refuses the statistics of such segments elsewhere. The GPU that is current is asked.
     int gpu = 0, major = 0;
     if (cudaGetDevice(&gpu) == cudaSuccess &&
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu) == cudaSuccess &&

@@ -6,8 +6,8 @@
 //   dweight += dout xhat      dbias += dout      g = dout weight
 //   din     += rstd (g - sum(g) / C - xhat sum(g xhat) / C)
 //
-// `weight` is stored less NORM_CENTER. The backward pass adds to the gradient of the residual stream; the forward one
-// reads a stream that the product before it has added to (matmul_residual_forward).
+// `weight` is stored less NORM_CENTER. The backward pass adds to the gradient of the residual stream. In the forward
+// pass, it is the products before that add to the stream (matmul_residual_forward).
 #pragma once
 
 #include <algorithm>
@@ -140,8 +140,6 @@ template <class T>
 struct Pack {
     std::conditional_t<sizeof(T) == 2, uint4, float4> words[PACK * sizeof(T) / 16];
 
-    Pack() = default;
-    __device__ explicit Pack(const Floats& x) { store(reinterpret_cast<T*>(words), x); }
     __device__ Floats floats() const { return load(reinterpret_cast<const T*>(words)); }
     // The compiler forgets what it knows of the pack; else it would keep the values that floats() has returned.
     __device__ void forget() {
@@ -156,10 +154,6 @@ struct Pack {
 template <class T>
 __device__ Pack<T> load_pack(const T* from) {
     return *reinterpret_cast<const Pack<T>*>(from);
-}
-template <class T>
-__device__ void store_pack(T* to, const Pack<T>& x) {
-    *reinterpret_cast<Pack<T>*>(to) = x;
 }
 
 __device__ inline Floats load_norm_weight(const floatX* stored) {

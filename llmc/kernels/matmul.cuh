@@ -372,41 +372,41 @@ inline bool can_run(const Device& device, const MatmulDescription& m, const cubl
            result.workspaceSize <= MATMUL_WORKSPACE_BYTES;
 }
 
-// Whether cuBLASLt has run the product.
+// Has cuBLASLt run the product. Returns why it could not, CUBLAS_STATUS_NOT_SUPPORTED where it has no algorithm.
 template <class Out>
-bool try_multiply(const Device& device, const Product<Out>& p) {
-    if (p.out.rows == 0 || p.out.cols == 0) return true;
+cublasStatus_t try_multiply(const Device& device, const Product<Out>& p) {
+    if (p.out.rows == 0 || p.out.cols == 0) return CUBLAS_STATUS_SUCCESS;
+    cublasStatus_t status = CUBLAS_STATUS_NOT_SUPPORTED;
     // In its epilogues cuBLASLt may approximate tanh by an instruction that is good enough for bf16 alone.
-    if (std::is_same_v<floatX, float> && (p.gelu || p.gelu_input.data)) return false;
+    if (std::is_same_v<floatX, float> && (p.gelu || p.gelu_input.data)) return status;
     const MatmulDescription m(p);
     const float one = 1, beta = p.addend.data ? 1 : 0;
     const Out* c = p.addend.data ? p.addend.data : p.out.data;
     const auto run = [&](const cublasLtMatmulAlgo_t& algorithm) {  // whether it could
-        const cublasStatus_t status = cublasLtMatmul(
-            device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, c, m.c, p.out.data, m.d,
-            &algorithm, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES), MATMUL_WORKSPACE_BYTES, device.stream);
+        status = cublasLtMatmul(device.blas, m.product, &one, p.right.data, m.a, p.left.data, m.b, &beta, c, m.c,
+                                p.out.data, m.d, &algorithm, device.scratch_as<std::byte>(MATMUL_WORKSPACE_BYTES),
+                                MATMUL_WORKSPACE_BYTES, device.stream);
         if (status != CUBLAS_STATUS_NOT_SUPPORTED && status != CUBLAS_STATUS_INVALID_VALUE) CUBLAS_CHECK(status);
         return status == CUBLAS_STATUS_SUCCESS;
     };
 
-    const Product<Out> largest = p.of_token_class();
-    const auto [known, is_new] = device.algorithms->try_emplace(largest.key());
-    auto& algorithm = known->second;
-    if (is_new && device.tune_products) {
-        double least = std::numeric_limits<double>::infinity();
-        for (const FoundAlgorithm& f : find_algorithms(device, MatmulDescription(largest), 8)) {
-            if (!can_run(device, m, f.result.algo) || !run(f.result.algo)) continue;
-            const double seconds = best_seconds_on_gpu(device.stream, 3, [&] { run(f.result.algo); });
-            if (seconds < least) least = seconds, algorithm = f.result.algo;
+    // The algorithm of its class, or where that cannot run just this product, one of its own.
+    for (const Product<Out>& shape : {p.of_token_class(), p}) {
+        const auto [known, is_new] = device.algorithms->try_emplace(shape.key());
+        std::optional<cublasLtMatmulAlgo_t>& algorithm = known->second;
+        if (is_new) {
+            const auto found = find_algorithms(device, MatmulDescription(shape), device.tune_products ? 8 : 1);
+            if (!found.empty()) algorithm = found[0].result.algo;  // the first choice, whichever product comes first
+            double least = std::numeric_limits<double>::infinity();
+            for (const FoundAlgorithm& f : found) {
+                if (!device.tune_products || !can_run(device, m, f.result.algo) || !run(f.result.algo)) continue;
+                const double seconds = best_seconds_on_gpu(device.stream, 3, [&] { run(f.result.algo); });
+                if (seconds < least) least = seconds, algorithm = f.result.algo;
+            }
         }
-    } else if (is_new) {  // the first choice for the class, whichever of its products is the first
-        for (const FoundAlgorithm& f : find_algorithms(device, MatmulDescription(largest), 1))
-            algorithm = f.result.algo;
+        if (algorithm && can_run(device, m, *algorithm) && run(*algorithm)) return status;
     }
-    if (algorithm && can_run(device, m, *algorithm) && run(*algorithm)) return true;
-    for (const FoundAlgorithm& f : find_algorithms(device, m, 8))
-        if (run(f.result.algo)) return true;
-    return false;
+    return status;
 }
 
 // What an epilogue would have done, where cuBLASLt has none for the type or shape: a thread for 8 neighbours.
@@ -432,13 +432,16 @@ __global__ void __launch_bounds__(256) epilogue_kernel(Matrix<floatX> out, const
 
 template <class Out>
 void multiply(const Device& device, Product<Out> p) {
-    if (try_multiply(device, p)) return;
+    cublasStatus_t status = try_multiply(device, p);
+    if (status == CUBLAS_STATUS_SUCCESS) return;
     Product<Out> plain = p;
     plain.bias = nullptr, plain.gelu = false, plain.pre_activation = {}, plain.gelu_input = {};
-    if (plain.epilogue() == p.epilogue() || !try_multiply(device, plain))
-        throw Failure(EXIT_HARDWARE, "cuBLASLt has no algorithm for a product of " + std::to_string(p.out.rows) +
-                                         " x " + std::to_string(p.depth()) + " x " + std::to_string(p.out.cols) +
-                                         " " PRECISION_NAME " elements on this GPU");
+    if (plain.epilogue() != p.epilogue()) status = try_multiply(device, plain);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        throw Failure(EXIT_HARDWARE,
+                      "cuBLASLt has no algorithm for a product of " + std::to_string(p.out.rows) + " x " +
+                          std::to_string(p.depth()) + " x " + std::to_string(p.out.cols) +
+                          " " PRECISION_NAME " elements on this GPU: " + cublasLtGetStatusString(status));
     if constexpr (std::is_same_v<Out, floatX>)
         launch(epilogue_kernel, dim3(unsigned(ceil_div(p.out.rows * (p.out.cols / PACK), 256))), 256, 0, device.stream,
                p.out, p.bias, p.gelu, p.pre_activation, p.gelu_input);

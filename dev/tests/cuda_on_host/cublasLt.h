@@ -127,10 +127,14 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
     return std::memcpy(preference, value, std::min(bytes, sizeof *preference)), CUBLAS_STATUS_SUCCESS;
 }
 
+inline int64_t product_depth(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a_layout) {
+    return desc->op_a == CUBLAS_OP_T ? a_layout->rows : a_layout->cols;
+}
+
 // CUBLAS_ON_HOST_EPILOGUES=no: every epilogue is refused, so that the caller has to apply it by a kernel.
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
-                                                     cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-                                                     cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                                     cublasLtMatrixLayout_t a_layout, cublasLtMatrixLayout_t,
+                                                     cublasLtMatrixLayout_t, cublasLtMatrixLayout_t d_layout,
                                                      cublasLtMatmulPreference_t, int wanted,
                                                      cublasLtMatmulHeuristicResult_t* results, int* count) {
     const char* epilogues = std::getenv("CUBLAS_ON_HOST_EPILOGUES");
@@ -141,18 +145,26 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
         return CUBLAS_STATUS_NOT_SUPPORTED;
     // Up to three algorithms, which differ in nothing; the second one says that it cannot.
     for (; *count < std::min(wanted, 3); ++*count)
-        results[*count] = {{}, 0, *count == 1 ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS};
+        results[*count] = {{{uint64_t(d_layout->cols), uint64_t(product_depth(desc, a_layout))}},
+                           0,
+                           *count == 1 ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS};
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// Whether an algorithm that was found for one shape runs another: here always, but for 33 rows or a depth of 33.
+// Whether an algorithm that was found for one shape runs another: here always, unless one of them has 33 columns or a
+// depth of 33.
 inline cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t a_layout, cublasLtMatrixLayout_t,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t d_layout,
-                                              const cublasLtMatmulAlgo_t*, cublasLtMatmulHeuristicResult_t* result) {
-    const int64_t depth = desc->op_a == CUBLAS_OP_T ? a_layout->rows : a_layout->cols;
+                                              const cublasLtMatmulAlgo_t* algo,
+                                              cublasLtMatmulHeuristicResult_t* result) {
+    const uint64_t columns = uint64_t(d_layout->cols), depth = uint64_t(product_depth(desc, a_layout));
+    const auto is_picky = [](uint64_t found, uint64_t wanted) {
+        return found != wanted && (found == 33 || wanted == 33);
+    };
     *result = {};
-    return depth == 33 || d_layout->cols == 33 ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS;
+    return is_picky(algo->data[0], columns) || is_picky(algo->data[1], depth) ? CUBLAS_STATUS_NOT_SUPPORTED
+                                                                              : CUBLAS_STATUS_SUCCESS;
 }
 
 // D = epilogue(alpha op(A) op(B) + beta C)

@@ -8,7 +8,6 @@
 inline void cudnn_attention_cases(Cases& cases, int64_t context, int64_t chunk_tokens,
                                   const std::vector<AttentionShape>& shapes) {
 #ifdef USE_CUDNN
-    if (const std::string absence = cudnn_absence(); !absence.empty()) throw Failure(EXIT_HARDWARE, absence);
     CudnnShape plans;
     plans.heads = shapes[0].heads, plans.head_size = shapes[0].head_size;
     plans.context = context, plans.chunk_tokens = chunk_tokens;
