@@ -151,20 +151,18 @@ sanitize)
     done
     wait ;;
 bench-short | bench-long)
-    programs $part
     if [ $part = bench-short ]; then
         cases=("gpt2:d12 64x1024" "gpt2:d48 16x1024") steps=10
     else
         cases=("7b, 8 layers 1x32768" "7b, 4 layers 1x131072" "7b, 8 layers 1x131072") steps=3
     fi
-    case ${2:-} in
-    "") ;;
-    [1-9])
-        [ "$2" -le ${#cases[@]} ] || { echo "gpu_check.sh: $part has cases 1 to ${#cases[@]}, not $2" >&2 && exit 2; }
-        cases=("${cases[$2 - 1]}") ;;
-    *) echo "gpu_check.sh: $part has cases 1 to ${#cases[@]}, not $2" >&2 && exit 2 ;;
-    esac
+    if [ -n "${2:-}" ]; then
+        [[ $2 =~ ^[1-9]$ && $2 -le ${#cases[@]} ]] ||
+            { echo "gpu_check.sh: $part has cases 1 to ${#cases[@]}, not $2" >&2; exit 2; }
+        cases=("${cases[$2 - 1]}")
+    fi
     [ "$device" = cuda ] || cases=("small 2x8") steps=2
+    programs $part
     [ "$part$device${2:-}" = bench-shortcuda ] && check "kernels of the 7B model at 8192 tokens" \
         "build/bench/gpu_kernels_cuda-$speed" --model helixpipe:7b --sequences 1 --length 8192 --json
     for name in "${cases[@]}"; do
