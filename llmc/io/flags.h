@@ -212,7 +212,7 @@ inline const std::vector<Flag>& flag_table() {
          "a loss or gradient is not finite: stop, or skip the update", {.choices = "stop|skip"}},
 
         {"recompute", TRAIN | PLAN | REHEARSE, IN(compute, recompute),
-         "what the backward pass recomputes to save memory; auto: only what does not fit into --memory", {.choices = "none|elementwise|without-attention|full|auto"}},
+         "what the backward pass recomputes to save memory; auto: products only as far as --memory is short", {.choices = "none|elementwise|without-attention|full|auto"}},
         {"mlp-chunk", TRAIN | EVAL | PLAN | REHEARSE, IN(compute, mlp_chunk),
          "tokens the MLP works on at once, 0 = the whole chunk", count},
         {"head-chunk", TRAIN | EVAL | PLAN | REHEARSE, IN(compute, head_chunk),
